@@ -1,0 +1,1 @@
+"""Ground floor: typed configuration and the errors a user may see. Imports nothing of ours above it."""

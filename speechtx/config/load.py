@@ -1,0 +1,199 @@
+"""Reading YAML into the typed schemas, with errors that name the file, the line and the nearest valid key.
+
+YAML is read with the safe loader's types only (no tags that construct objects), duplicate keys are errors, and `1e-3`
+is a number as in YAML 1.2 (PyYAML alone would read it as a string).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from speechtx.config.errors import ConfigError
+
+Key = str | int
+Loc = tuple[Key, ...]
+SchemaT = TypeVar("SchemaT", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads `1e-3` and `1E5` as floats."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(path: str | Path, schema: type[SchemaT], overrides: Sequence[str] = ()) -> SchemaT:
+    """Reads one YAML file into a frozen schema.
+
+    Args:
+        path: the YAML file.
+        schema: a pydantic model of `speechtx.config.schema`.
+        overrides: `key.path=value` strings as given to `--set`; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, has a duplicate or unknown key, a value of the wrong type or
+            an impossible combination; every problem found is listed, each with file and line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {err}") from None
+    return parse_config(text, schema, overrides, source=str(path))
+
+
+def parse_config(text: str, schema: type[SchemaT], overrides: Sequence[str] = (), source: str = "<string>") -> SchemaT:
+    """Like `load_config`, from a string; `source` is the name that errors show."""
+    lines: dict[Loc, str] = {}
+    raw = _parse_yaml(text, source, lines)
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}:1: expected a mapping of keys to values, found {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override, lines)
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as err:
+        problems = [_describe(problem, schema, lines, source) for problem in err.errors()]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as YAML that `parse_config` reads back to an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(config: BaseModel) -> str:
+    """SHA-256 (hex) of the canonical JSON form: equal for equal configurations, whatever the YAML looked like."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _parse_yaml(text: str, source: str, lines: dict[Loc, str]) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        return _construct(loader, node, (), source, lines)
+    except yaml.MarkedYAMLError as err:
+        mark = err.problem_mark or err.context_mark
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ConfigError(f"{where}: not valid YAML: {err.problem or err.context}") from None
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{source}: not valid YAML: {err}") from None
+    finally:
+        loader.dispose()
+
+
+def _construct(loader: _Loader, node: yaml.Node, loc: Loc, source: str, lines: dict[Loc, str]) -> Any:
+    """Builds plain values out of YAML nodes, noting for every key where it stands."""
+    lines.setdefault(loc, f"{source}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        loader.flatten_mapping(node)  # merge keys: `<<: *anchor`
+        mapping: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            where = f"{source}:{key_node.start_mark.line + 1}"
+            if not isinstance(key, str | int):
+                raise ConfigError(f"{where}: a key must be a plain word, found {key!r}")
+            if key in mapping:
+                raise ConfigError(f"{where}: duplicate key {key!r} (first at {lines[(*loc, key)]})")
+            lines[(*loc, key)] = where
+            mapping[key] = _construct(loader, value_node, (*loc, key), source, lines)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, item, (*loc, i), source, lines) for i, item in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def _apply_override(raw: dict[str, Any], override: str, lines: dict[Loc, str]) -> None:
+    name, equals, value_text = override.partition("=")
+    where = f"--set {override}"
+    if not equals or not name.strip():
+        raise ConfigError(f"{where}: expected key.path=value, for example --set model.encoder.layers=6")
+    value = _parse_yaml(value_text, where, {})
+    keys = name.strip().split(".")
+    target: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        if not isinstance(target, dict):
+            raise ConfigError(f"{where}: {'.'.join(keys[:depth])} is not a section")
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        lines[tuple(keys[: depth + 1])] = where
+    if not isinstance(target, dict):
+        raise ConfigError(f"{where}: {'.'.join(keys[:-1])} is not a section")
+    target[keys[-1]] = value
+    lines[tuple(keys)] = where
+
+
+def _describe(problem: Any, schema: type[BaseModel], lines: dict[Loc, str], source: str) -> str:
+    loc: Loc = tuple(problem["loc"])
+    known = loc
+    while known and known not in lines:
+        known = known[:-1]
+    where = lines.get(known, source)
+    name = ".".join(str(part) for part in loc if not _is_branch_name(part, loc, lines)) or "(top level)"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        valid = _field_names(schema, loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid keys here: {', '.join(valid)}"
+        message = f"unknown key; {hint}"
+    elif problem["type"] == "missing":
+        message = "required key is missing"
+    elif problem["type"] == "literal_error":
+        wanted = problem.get("ctx", {}).get("expected", "")
+        near = difflib.get_close_matches(str(problem["input"]), re.findall(r"'([^']*)'", wanted), n=1, cutoff=0.5)
+        message = f"{problem['input']!r} is not one of {wanted}" + (f"; did you mean '{near[0]}'?" if near else "")
+    elif problem["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, found {problem['input']!r}"
+    return f"{where}: {name}: {message}"
+
+
+def _is_branch_name(part: Key, loc: Loc, lines: dict[Loc, str]) -> bool:
+    """Pydantic adds the tried branch of a union to the location; those names are noise to a reader."""
+    index = loc.index(part)
+    return isinstance(part, str) and index > 0 and loc[: index + 1] not in lines and loc[:index] in lines and "[" in part
+
+
+def _field_names(schema: type[BaseModel], loc: Loc) -> list[str]:
+    """Names of the keys that are valid in the section at `loc`."""
+    current: type[BaseModel] = schema
+    for part in loc:
+        field = current.model_fields.get(str(part))
+        inner = _section_type(field.annotation) if field else None
+        if inner is None:
+            return []
+        current = inner
+    return list(current.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for option in typing.get_args(annotation):
+            if (found := _section_type(option)) is not None:
+                return found
+    return None

@@ -1,0 +1,273 @@
+"""Typed, frozen schemas of every YAML file a recipe reads.
+
+A field's default is what you get when the key is absent. Unknown keys are errors. Each experiment has one `train.yaml`
+(`TrainConfig`: tokenizer, features, model, training), one `fbank.yaml` (`FbankConfig`, stored beside the features) and
+one or more `decode.yaml` (`DecodeConfig`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys refused, values never changed after loading, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------- features
+
+
+class FbankConfig(Section):
+    """Kaldi filterbank features (feat/feature-fbank.h, feat/feature-window.h); the defaults are the toolkit's recipe."""
+
+    sample_rate: Positive = 16000  # Hz; other rates are an error unless `resample` is true
+    resample: bool = False
+    num_mel_bins: Annotated[int, Field(ge=4)] = 80
+    frame_length_ms: PositiveFloat = 25.0
+    frame_shift_ms: PositiveFloat = 10.0
+    low_freq: NonNegativeFloat = 20.0  # Hz
+    high_freq: float = 0.0  # Hz; <= 0 counts down from Nyquist, as in Kaldi
+    preemphasis: Fraction = 0.97
+    window_type: Literal["povey", "hamming", "hanning", "rectangular"] = "povey"
+    remove_dc_offset: bool = True
+    snip_edges: bool = True
+    dither: NonNegativeFloat = 0.0  # 0 keeps features reproducible; Kaldi's default of 1.0 assumes 16-bit samples
+
+    @model_validator(mode="after")
+    def _frequencies(self) -> Self:
+        nyquist = self.sample_rate / 2
+        high = self.high_freq if self.high_freq > 0 else nyquist + self.high_freq
+        if not self.low_freq < high <= nyquist:
+            raise ValueError(
+                f"low_freq {self.low_freq} and high_freq {self.high_freq} (= {high} Hz) must satisfy low < high <= {nyquist} Hz"
+            )
+        if self.frame_shift_ms > self.frame_length_ms:
+            raise ValueError(f"frame_shift_ms {self.frame_shift_ms} exceeds frame_length_ms {self.frame_length_ms}: samples would be lost")
+        return self
+
+
+class FeaturesConfig(Section):
+    """How dumped features are normalised before the model sees them."""
+
+    cmvn: Literal["global", "speaker", "utterance", "none"] = "global"
+    norm_vars: bool = True
+
+
+class SpecAugmentConfig(Section):
+    """SpecAugment (Park et al., Interspeech 2019): masks and a time warp, in training only."""
+
+    time_warp: NonNegative = 5  # W, frames; 0 switches it off
+    num_freq_masks: NonNegative = 2
+    freq_mask_width: NonNegative = 27  # F, mel bins; each width is uniform in [0, F]
+    num_time_masks: NonNegative = 2
+    time_mask_width: NonNegative = 40  # T, frames; each width is uniform in [0, T]
+    time_mask_max_ratio: Fraction = 0.2  # no single time mask covers more than this share of the utterance
+
+
+class TokenizerConfig(Section):
+    """The sentencepiece model of stage 3."""
+
+    type: Literal["bpe", "unigram", "char"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=3)] = 100  # pieces, before <blank> and <sos/eos>; ignored for char
+    byte_fallback: bool = False
+    character_coverage: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    user_symbols: Annotated[tuple[str, ...], Field(strict=False)] = ()  # kept whole, for example <noise>
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+class PenaltyConfig(Section):
+    """One attention penalty P(d) >= 0, subtracted from the logits before softmax; d = |i - j| in encoder frames.
+
+    log: s ln(1+d) (Tensor2Tensor's proximity bias); linear: s d (ALiBi, symmetric); gaussian: d^2 / (2 sigma^2); window:
+    0 within `window` frames, infinite beyond. `window` may also limit any other shape.
+    """
+
+    shape: Literal["none", "log", "linear", "gaussian", "window"] = "none"
+    # one number, one per head, or ALiBi's slopes 2^(-8h/H)
+    scale: NonNegativeFloat | Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | Literal["alibi"] = 1.0
+    sigma: PositiveFloat | Annotated[tuple[PositiveFloat, ...], Field(strict=False)] | None = None
+    window: Positive | None = None
+
+    @model_validator(mode="after")
+    def _combination(self) -> Self:
+        if (self.shape == "gaussian") != (self.sigma is not None):
+            raise ValueError("sigma (in encoder frames) is required for shape gaussian and has no meaning for the others")
+        if self.shape == "window" and self.window is None:
+            raise ValueError("shape window needs window: the number of frames to each side that may be attended to")
+        if self.shape == "none" and self.window is not None:
+            raise ValueError("shape none takes no window; write shape: window")
+        if self.scale == "alibi" and self.shape != "linear":
+            raise ValueError("scale alibi goes with shape linear")
+        if self.shape in ("gaussian", "window", "none") and self.scale != 1.0:
+            raise ValueError(f"scale has no meaning for shape {self.shape}" + ("; use sigma" if self.shape == "gaussian" else ""))
+        return self
+
+
+class AttentionPenaltyConfig(Section):
+    """Which attention takes which penalty."""
+
+    encoder_self: PenaltyConfig = PenaltyConfig()
+
+
+class SubsamplingConfig(Section):
+    """Two 3x3 convolutions of stride 2 in time and frequency, then a linear layer to the model's width."""
+
+    channels: Positive = 256
+
+
+class EncoderConfig(Section):
+    """Transformer (pre-norm) or Conformer (Gulati et al., Interspeech 2020) encoder."""
+
+    type: Literal["transformer", "conformer"] = "transformer"
+    layers: Positive = 12
+    dim: Positive = 256
+    heads: Positive = 4
+    ff_dim: Positive = 2048
+    conv_kernel: Positive = 15  # conformer only; odd
+    dropout: Probability = 0.1
+    positional_dropout: Probability = 0.1
+    attention_dropout: Probability = 0.0  # 0 keeps the fused attention kernels available
+    subsampling: SubsamplingConfig = SubsamplingConfig()
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
+        if self.dim % 2:
+            raise ValueError(f"dim {self.dim} must be even for sinusoidal positions")
+        if self.type == "conformer" and self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel {self.conv_kernel} must be odd so that the convolution is centred")
+        return self
+
+
+class DecoderConfig(Section):
+    """Transformer decoder (pre-norm); its width is the encoder's. `layers: 0` trains CTC alone."""
+
+    layers: NonNegative = 6
+    heads: Positive = 4
+    ff_dim: Positive = 2048
+    dropout: Probability = 0.1
+    positional_dropout: Probability = 0.1
+    attention_dropout: Probability = 0.0
+
+
+class ModelConfig(Section):
+    """Encoder, decoder and the joint loss: ctc_weight * CTC + (1 - ctc_weight) * label-smoothed cross entropy."""
+
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    attention_penalty: AttentionPenaltyConfig = AttentionPenaltyConfig()
+    ctc_weight: Fraction = 0.3
+    label_smoothing: Probability = 0.1
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.decoder.layers and self.encoder.dim % self.decoder.heads:
+            raise ValueError(f"encoder.dim {self.encoder.dim} is not divisible by decoder.heads {self.decoder.heads}")
+        if self.decoder.layers == 0 and self.ctc_weight != 1.0:
+            raise ValueError("decoder.layers 0 needs ctc_weight 1.0")
+        if self.decoder.layers and self.ctc_weight == 1.0:
+            raise ValueError("ctc_weight 1.0 would never train the decoder; set decoder.layers: 0")
+        penalty = self.attention_penalty.encoder_self
+        for name in ("scale", "sigma"):
+            value = getattr(penalty, name)
+            if isinstance(value, tuple) and len(value) != self.encoder.heads:
+                raise ValueError(
+                    f"attention_penalty.encoder_self.{name} lists {len(value)} values, but encoder.heads is {self.encoder.heads}"
+                )
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+class OptimizerConfig(Section):
+    name: Literal["adam", "adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3  # the peak rate, reached at the end of the warm-up
+    betas: Annotated[tuple[Probability, Probability], Field(strict=False)] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-9
+    weight_decay: NonNegativeFloat = 1e-6
+
+
+class ScheduleConfig(Section):
+    """inverse_sqrt: linear warm-up, then lr * sqrt(warmup/step) (Vaswani et al. 2017); cosine: to `final_ratio` at the last step."""
+
+    name: Literal["inverse_sqrt", "cosine", "constant"] = "inverse_sqrt"
+    warmup_steps: NonNegative = 2000
+    final_ratio: Fraction = 0.01
+
+
+class AverageConfig(Section):
+    """Stage 5: which epochs' weights are averaged, chosen by the dev set."""
+
+    num: Positive = 10
+    by: Literal["dev_acc", "dev_loss", "last"] = "dev_acc"
+
+
+class TrainingConfig(Section):
+    epochs: Positive = 100
+    frames_per_batch: Positive = 16000  # feature frames including padding, per process and forward pass
+    max_utts_per_batch: Positive = 128
+    accum_steps: Positive = 1  # batches whose gradients are summed before one optimiser step
+    grad_clip: PositiveFloat = 5.0  # global L2 norm
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    specaugment: SpecAugmentConfig | None = SpecAugmentConfig()
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it, else float32
+    max_nonfinite_steps: NonNegative = 10  # steps skipped for NaN/Inf before training stops with an error
+    min_frames: Positive = 10  # shorter and longer utterances are listed and left out of training
+    max_frames: Positive = 3000
+    checkpoint_minutes: PositiveFloat = 5.0  # a resumable checkpoint at least this often, and at every epoch's end
+    average: AverageConfig = AverageConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.max_frames < self.min_frames:
+            raise ValueError(f"max_frames {self.max_frames} is below min_frames {self.min_frames}")
+        if self.frames_per_batch < self.max_frames:
+            raise ValueError(f"frames_per_batch {self.frames_per_batch} could not hold one utterance of max_frames {self.max_frames}")
+        return self
+
+
+class TrainConfig(Section):
+    """The whole of `conf/train.yaml`."""
+
+    seed: NonNegative = 1
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+# ---------------------------------------------------------------------------------------------------- decoding
+
+
+class DecodeConfig(Section):
+    """The whole of `conf/decode.yaml`."""
+
+    method: Literal["beam", "ctc_greedy"] = "beam"
+    beam: Positive = 10
+    ctc_weight: Fraction = 0.3  # 1.0: CTC prefix scores only; 0.0: attention only
+    length_bonus: float = 0.0  # added per token
+    max_len_ratio: PositiveFloat = 1.0  # hypotheses hold at most this many tokens per encoder frame
+    nbest: Positive = 1
+    frames_per_batch: Positive = 8000
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.nbest > self.beam:
+            raise ValueError(f"nbest {self.nbest} exceeds beam {self.beam}")
+        return self

@@ -1,0 +1,1 @@
+"""Experiment: what lies in an experiment directory and how to open it again without the recipe."""

@@ -1,0 +1,1 @@
+"""Frontend: from a recording to normalised features. Knows samples and frames, never transcripts or models."""

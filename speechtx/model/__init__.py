@@ -1,0 +1,1 @@
+"""Model: subsampling, encoder, decoder, losses. Knows tensors, never files."""

@@ -1,0 +1,1 @@
+"""Training: the trainer, checkpoints, optimiser, processes, progress."""
