@@ -1,0 +1,180 @@
+"""From rows of the utterance table to padded tensors: read, check, normalise, augment, pad.
+
+All randomness is a function of (seed, epoch, utterance), so that the same position of the same epoch gives the same
+batch whatever was loaded before it and however many worker processes load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from speechtx.config.errors import DataError
+from speechtx.config.schema import FeaturesConfig, SpecAugmentConfig
+from speechtx.data.ark import read_matrix, read_scp
+from speechtx.data.batching import make_batches
+from speechtx.data.manifest import Utterance
+from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
+from speechtx.frontend.specaugment import spec_augment
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded features and, in training, padded tokens (padding is 0 in both; lengths tell what is real)."""
+
+    ids: list[str]
+    feats: Tensor  # (B, T, F) float32
+    feat_lens: Tensor  # (B,) int64
+    tokens: Tensor  # (B, U) int64
+    token_lens: Tensor  # (B,) int64
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader so that copies to the GPU can be asynchronous."""
+        return self.to_tensors(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        return self.to_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def to_tensors(self, function) -> Batch:
+        return Batch(self.ids, *(function(t) for t in (self.feats, self.feat_lens, self.tokens, self.token_lens)))
+
+
+class FeatureReader:
+    """Reads one utterance's features and normalises them as the model expects.
+
+    Args:
+        config: which CMVN.
+        num_mel_bins: F; features of another width are an error.
+        global_cmvn: needed when `config.cmvn` is "global".
+        data_dir: where cmvn.scp lies; needed when `config.cmvn` is "speaker".
+    """
+
+    def __init__(
+        self, *, config: FeaturesConfig, num_mel_bins: int, global_cmvn: CmvnStats | None = None, data_dir: Path | None = None
+    ) -> None:
+        self.config = config
+        self.num_mel_bins = num_mel_bins
+        self.global_cmvn = global_cmvn
+        self.speaker_cmvn: dict[str, CmvnStats] = {}
+        if config.cmvn == "global" and global_cmvn is None:
+            raise DataError("features.cmvn is global, but there are no global statistics; run stage fbank on the training set")
+        if config.cmvn == "speaker":
+            if data_dir is None:
+                raise DataError("features.cmvn is speaker, but no data directory with cmvn.scp was given")
+            for speaker, location in read_scp(data_dir / "cmvn.scp").items():
+                self.speaker_cmvn[speaker] = CmvnStats.from_matrix(read_matrix(location))
+
+    def __call__(self, utterance: Utterance) -> np.ndarray:
+        """Returns normalised features (T, F), float32.
+
+        Raises:
+            DataError: unreadable features, another width, a length other than utt2num_frames says, NaN or infinity.
+        """
+        feats = read_matrix(utterance.feats)
+        where = f"utterance {utterance.id} ({utterance.feats})"
+        if feats.ndim != 2 or feats.shape[1] != self.num_mel_bins:
+            raise DataError(f"{where}: features have shape {feats.shape}, the model expects (frames, {self.num_mel_bins})")
+        if feats.shape[0] != utterance.num_frames:
+            raise DataError(f"{where}: {feats.shape[0]} frames, but utt2num_frames says {utterance.num_frames}; run stage fbank again")
+        if not np.isfinite(feats).all():
+            raise DataError(f"{where}: features hold NaN or infinity; run stage fbank again")
+        stats = self._stats(utterance, feats)
+        return feats.astype(np.float32) if stats is None else apply_cmvn(feats, stats, norm_vars=self.config.norm_vars)
+
+    def _stats(self, utterance: Utterance, feats: np.ndarray) -> CmvnStats | None:
+        if self.config.cmvn == "none":
+            return None
+        if self.config.cmvn == "global":
+            return self.global_cmvn
+        if self.config.cmvn == "utterance":
+            return CmvnStats.from_feats(feats)
+        if utterance.speaker not in self.speaker_cmvn:
+            raise DataError(f"utterance {utterance.id}: no CMVN statistics for speaker {utterance.speaker}; run stage fbank again")
+        return self.speaker_cmvn[utterance.speaker]
+
+
+class Corpus(Dataset[Batch]):
+    """Utterances with their tokens; indexing with a list of indices gives a batch.
+
+    Args:
+        utterances: rows of the table.
+        tokens: token ids of each row; empty lists when decoding.
+        reader: reads and normalises features.
+        specaugment: masks to draw, None for none.
+        seed: of the masks.
+    """
+
+    def __init__(
+        self,
+        *,
+        utterances: Sequence[Utterance],
+        tokens: Sequence[Sequence[int]],
+        reader: FeatureReader,
+        specaugment: SpecAugmentConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.utterances = utterances
+        self.tokens = tokens
+        self.reader = reader
+        self.specaugment = specaugment
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, indices: list[int]) -> Batch:  # type: ignore[override]
+        return collate(
+            [self.utterances[i].id for i in indices],
+            [self._features(i) for i in indices],
+            [self.tokens[i] for i in indices],
+        )
+
+    def _features(self, index: int) -> np.ndarray:
+        feats = self.reader(self.utterances[index])
+        if self.specaugment is None:
+            return feats
+        return spec_augment(feats, self.specaugment, np.random.default_rng([self.seed, self.epoch, index]))
+
+    def batches(self, indices: list[list[int]], *, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
+        """Loads the given batches in order, `workers` processes ahead of the consumer (0: in this process)."""
+        return iter(
+            DataLoader(
+                self,
+                batch_size=None,
+                sampler=indices,  # type: ignore[arg-type]  # each "sample" is a whole batch
+                num_workers=min(workers, len(indices)),
+                pin_memory=pin,
+                prefetch_factor=4 if workers and indices else None,
+            )
+        )
+
+
+def collate(ids: list[str], feats: Sequence[np.ndarray], tokens: Sequence[Sequence[int]]) -> Batch:
+    """Pads features (T_i, F) and tokens (U_i,) of a few utterances into one batch."""
+    feat_lens = [len(f) for f in feats]
+    token_lens = [len(t) for t in tokens]
+    padded = np.zeros((len(feats), max(feat_lens), feats[0].shape[1]), dtype=np.float32)
+    padded_tokens = np.zeros((len(tokens), max(token_lens)), dtype=np.int64)
+    for row, (matrix, ids_of_row) in enumerate(zip(feats, tokens, strict=True)):
+        padded[row, : len(matrix)] = matrix
+        padded_tokens[row, : len(ids_of_row)] = ids_of_row
+    return Batch(ids, torch.from_numpy(padded), torch.tensor(feat_lens), torch.from_numpy(padded_tokens), torch.tensor(token_lens))
+
+
+def iter_decode_batches(
+    utterances: Sequence[Utterance], reader: FeatureReader, *, frames_per_batch: int, max_utts: int = 64
+) -> Iterator[Batch]:
+    """Batches for decoding, longest first; a single utterance longer than the budget is a batch of its own."""
+    lengths = [u.num_frames for u in utterances]
+    budget = max([frames_per_batch, *lengths])
+    indices = make_batches(lengths, frames_per_batch=budget, max_utts=max_utts)
+    corpus = Corpus(utterances=utterances, tokens=[[] for _ in utterances], reader=reader)
+    for batch in indices:
+        yield corpus[batch]
