@@ -1,0 +1,77 @@
+"""Multi-head attention layers (Vaswani et al. 2017, section 3.2.2) with one matrix product for all projections of an input."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from speechtx.attention.kernels import attend, attention_weights
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, H * d) -> (B, H, T, d), a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, H, T, d) -> (B, T, H * d); no copy when x comes from a fused kernel, which computes in that layout."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with fused query, key and value projection.
+
+    Args:
+        dim: D, the model's width.
+        num_heads: H.
+        dropout: probability of dropping an attention weight in training; above 0 PyTorch's fused CPU kernel cannot be used.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, d) of x (B, T, D), as views of one product."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def forward(self, x: Tensor, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+        """(B, T, D) -> (B, T, D); `bias` as in `kernels.attend`."""
+        q, k, v = self.project(x)
+        return self.out(join_heads(attend(q, k, v, bias=bias, causal=causal, dropout=self.dropout if self.training else 0.0)))
+
+    def weights(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """The attention weights (B, H, T, T) that `forward` uses inside and never materialises; for looking at them."""
+        q, k, _ = self.project(x)
+        return attention_weights(q, k, bias=bias)
+
+
+class CrossAttention(nn.Module):
+    """Attention from the decoder to the encoder; keys and values are projected apart, so that they can be kept.
+
+    Args:
+        dim: D, the width of both sides.
+        num_heads: H.
+        dropout: as in `SelfAttention`.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, S, d) of the encoder's output (B, S, D)."""
+        k, v = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return k, v
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """x (B, U, D), keys and values of `project` -> (B, U, D); bias broadcastable to (B, H, U, S)."""
+        q = split_heads(self.q(x), self.num_heads)
+        return self.out(join_heads(attend(q, keys, values, bias=bias, dropout=self.dropout if self.training else 0.0)))

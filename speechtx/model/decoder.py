@@ -1,0 +1,148 @@
+"""The Transformer decoder: all positions at once in training, one token a step with kept keys and values in search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechtx.attention.kernels import attend
+from speechtx.attention.multihead import CrossAttention, SelfAttention, join_heads
+from speechtx.attention.penalty import padding_bias
+from speechtx.config.schema import DecoderConfig
+from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
+from speechtx.model.position import SinusoidalPosition
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What the decoder remembers between two steps of N = B * beam hypotheses; never changed in place.
+
+    Attributes:
+        position: tokens fed so far.
+        own: per layer, self-attention keys and values (N, H, position, d); empty before the first step.
+        cross: per layer, cross-attention keys and values (B, H, S, d), shared by the hypotheses of an utterance.
+        cross_bias: (B, 1, 1, S), masks the encoder's padding.
+    """
+
+    position: int
+    own: tuple[KeyValue, ...]
+    cross: tuple[KeyValue, ...]
+    cross_bias: Tensor | None
+
+    def select(self, rows: Tensor) -> DecoderState:
+        """The state with its hypotheses reordered.
+
+        Args:
+            rows: (N,) int64 into the flat N hypotheses; row n of the result continues hypothesis rows[n], which must belong
+                to the same utterance.
+        """
+        own = tuple((k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.own)
+        return DecoderState(self.position, own, self.cross, self.cross_bias)
+
+    def keep(self, utterances: Tensor) -> DecoderState:
+        """The state of some of the utterances (int64 indices into B), each with all its hypotheses; for dropping finished ones."""
+        batch = self.cross[0][0].shape[0]
+        own = tuple(
+            (k.unflatten(0, (batch, -1))[utterances].flatten(0, 1), v.unflatten(0, (batch, -1))[utterances].flatten(0, 1))
+            for k, v in self.own
+        )
+        cross = tuple((k[utterances], v[utterances]) for k, v in self.cross)
+        return DecoderState(self.position, own, cross, None if self.cross_bias is None else self.cross_bias[utterances])
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal self-attention, cross-attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, *, config: DecoderConfig, dim: int) -> None:
+        super().__init__()
+        self.norm_attn = nn.LayerNorm(dim)
+        self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
+        self.norm_cross = nn.LayerNorm(dim)
+        self.cross = CrossAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
+        self.norm_ff = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, enc_out: Tensor, *, cross_bias: Tensor | None) -> Tensor:
+        """x (B, U, D), enc_out (B, S, D) -> (B, U, D)"""
+        x = x + self.dropout(self.attn(self.norm_attn(x), causal=True))
+        x = x + self.dropout(self.cross(self.norm_cross(x), *self.cross.project(enc_out), bias=cross_bias))
+        return x + self.dropout(self.ff(self.norm_ff(x)))
+
+    def step(self, x: Tensor, own: KeyValue | None, cross: KeyValue, cross_bias: Tensor | None) -> tuple[Tensor, KeyValue]:
+        """One position: x (N, 1, D) -> (N, 1, D) and the self-attention keys and values with this position's appended."""
+        q, k, v = self.attn.project(self.norm_attn(x))
+        if own is not None:
+            k, v = torch.cat((own[0], k), dim=2), torch.cat((own[1], v), dim=2)
+        x = x + self.attn.out(join_heads(attend(q, k, v)))
+        # The hypotheses of an utterance stand where queries stand: (B, beam, D) against that utterance's one set of keys.
+        grouped = self.norm_cross(x).view(cross[0].shape[0], -1, x.shape[-1])
+        x = x + self.cross(grouped, *cross, bias=cross_bias).view_as(x)
+        return x + self.ff(self.norm_ff(x)), (k, v)
+
+
+class Decoder(nn.Module):
+    """Tokens and the encoder's output to scores of the next token.
+
+    Args:
+        config: the decoder's shape.
+        dim: D, the encoder's width.
+        vocab_size: V.
+    """
+
+    def __init__(self, *, config: DecoderConfig, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.position = SinusoidalPosition(dim=dim, dropout=config.positional_dropout)
+        self.layers = nn.ModuleList(DecoderLayer(config=config, dim=dim) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(dim)
+        self.output = nn.Linear(dim, vocab_size)
+
+    def forward(self, tokens_in: Tensor, token_lens: Tensor, enc_out: Tensor, enc_lens: Tensor) -> Tensor:
+        """Teacher forcing.
+
+        Args:
+            tokens_in: (B, U) int64, starting with <sos/eos>; padding may be any valid id.
+            token_lens: (B,) valid positions of tokens_in. Not read: position i sees positions up to i only, so padding at
+                the end cannot reach a valid position, and logits behind token_lens are arbitrary.
+            enc_out: (B, S, D).
+            enc_lens: (B,).
+
+        Returns:
+            logits (B, U, V); position i scores the token that follows tokens_in[:, i].
+        """
+        x = self.position(self.embedding(tokens_in))
+        cross_bias = padding_bias(length_mask(enc_lens, enc_out.shape[1]), dtype=compute_dtype(x))
+        for layer in self.layers:
+            x = layer(x, enc_out, cross_bias=cross_bias)
+        return self.output(self.norm(x))
+
+    def start(self, enc_out: Tensor, enc_lens: Tensor, *, beam: int) -> DecoderState:
+        """The state before the first token of `beam` hypotheses for each of the B utterances of enc_out (B, S, D)."""
+        if beam < 1:
+            raise ValueError(f"beam {beam} must be at least 1")
+        bias = padding_bias(length_mask(enc_lens, enc_out.shape[1]), dtype=compute_dtype(enc_out))
+        return DecoderState(0, (), tuple(layer.cross.project(enc_out) for layer in self.layers), bias)
+
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Feeds one token to each hypothesis; dropout must be off (eval mode).
+
+        Args:
+            tokens: (N,) int64 with N = B * beam, utterance by utterance; <sos/eos> in the first step.
+            state: of `start` or of the step before.
+
+        Returns:
+            log-probabilities (N, V) float32 of the next token, and the new state.
+        """
+        x = self.position(self.embedding(tokens).unsqueeze(1), start=state.position)
+        own: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            x, cache = layer.step(x, state.own[index] if state.own else None, state.cross[index], state.cross_bias)
+            own.append(cache)
+        log_probs = F.log_softmax(self.output(self.norm(x)).squeeze(1).float(), dim=-1)
+        return log_probs, DecoderState(state.position + 1, tuple(own), state.cross, state.cross_bias)

@@ -1,0 +1,152 @@
+"""Transformer and Conformer encoders."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechtx.attention.multihead import SelfAttention
+from speechtx.attention.penalty import build_bias
+from speechtx.config.schema import EncoderConfig, PenaltyConfig
+from speechtx.model.position import SinusoidalPosition
+from speechtx.model.subsampling import Subsampling, subsampled_length
+
+
+def length_mask(lens: Tensor, length: int) -> Tensor:
+    """(B, length) bool, True where there is data."""
+    return torch.arange(length, device=lens.device) < lens.unsqueeze(1)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matrix products of x will have: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, dropout, linear.
+
+    Args:
+        dim: D.
+        ff_dim: inner width.
+        dropout: probability, on the inner activations.
+        activation: "relu" (Transformer) or "silu" (Conformer's swish).
+    """
+
+    def __init__(self, *, dim: int, ff_dim: int, dropout: float, activation: str = "relu") -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, ff_dim)
+        self.outer = nn.Linear(ff_dim, dim)
+        self.activation: nn.Module = {"relu": nn.ReLU(), "silu": nn.SiLU()}[activation]
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        return self.outer(self.dropout(self.activation(self.inner(x))))
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, *, config: EncoderConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.norm_attn = nn.LayerNorm(dim)
+        self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
+        self.norm_ff = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, *, bias: Tensor | None, mask: Tensor) -> Tensor:
+        """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""
+        x = x + self.dropout(self.attn(self.norm_attn(x), bias=bias))
+        return x + self.dropout(self.ff(self.norm_ff(x)))
+
+
+class ConvolutionModule(nn.Module):
+    """Conformer's convolution (Gulati et al. 2020, section 2.2): pointwise, GLU, depthwise over time, norm, swish, pointwise.
+
+    The norm is a LayerNorm, not the paper's BatchNorm: the output then depends on neither the other utterances of the batch nor
+    their padding, and there are no running statistics that accumulation, several processes and resuming would have to agree on.
+    """
+
+    def __init__(self, *, dim: int, kernel: int) -> None:
+        super().__init__()
+        self.pointwise_in = nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.pointwise_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+        """x (B, S, D), mask (B, S) -> (B, S, D); padded frames enter the convolution as zeros, like those outside the batch."""
+        x = F.glu(self.pointwise_in(x), dim=-1).masked_fill(~mask.unsqueeze(-1), 0.0)
+        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        return self.pointwise_out(F.silu(self.norm(x)))
+
+
+class ConformerEncoderLayer(nn.Module):
+    """Half-step feed-forward, self-attention, convolution, half-step feed-forward, final norm (Gulati et al. 2020, section 2.4)."""
+
+    def __init__(self, *, config: EncoderConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        ff = {"dim": dim, "ff_dim": config.ff_dim, "dropout": config.dropout, "activation": "silu"}
+        self.norm_ff_in = nn.LayerNorm(dim)
+        self.ff_in = FeedForward(**ff)
+        self.norm_attn = nn.LayerNorm(dim)
+        self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
+        self.norm_conv = nn.LayerNorm(dim)
+        self.conv = ConvolutionModule(dim=dim, kernel=config.conv_kernel)
+        self.norm_ff_out = nn.LayerNorm(dim)
+        self.ff_out = FeedForward(**ff)
+        self.norm_final = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, *, bias: Tensor | None, mask: Tensor) -> Tensor:
+        """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""
+        x = x + 0.5 * self.dropout(self.ff_in(self.norm_ff_in(x)))
+        x = x + self.dropout(self.attn(self.norm_attn(x), bias=bias))
+        x = x + self.dropout(self.conv(self.norm_conv(x), mask=mask))
+        x = x + 0.5 * self.dropout(self.ff_out(self.norm_ff_out(x)))
+        return self.norm_final(x)
+
+
+class Encoder(nn.Module):
+    """Features to one vector for every four frames.
+
+    Args:
+        config: the encoder's shape.
+        penalty: the self-attention penalty, the same in all layers.
+        num_mel_bins: F.
+    """
+
+    def __init__(self, *, config: EncoderConfig, penalty: PenaltyConfig, num_mel_bins: int) -> None:
+        super().__init__()
+        self.penalty = penalty
+        self.num_heads = config.heads
+        self.subsampling = Subsampling(num_mel_bins=num_mel_bins, channels=config.subsampling.channels, dim=config.dim)
+        self.position = SinusoidalPosition(dim=config.dim, dropout=config.positional_dropout)
+        layer = ConformerEncoderLayer if config.type == "conformer" else TransformerEncoderLayer
+        self.layers = nn.ModuleList(layer(config=config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes a padded batch.
+
+        Args:
+            feats: (B, T, F) float, normalised features; what lies behind feat_lens never matters as long as it is finite.
+            feat_lens: (B,) int64, frames.
+
+        Returns:
+            enc_out (B, S, D) and enc_lens (B,); rows of enc_out behind enc_lens are arbitrary.
+        """
+        x = self.position(self.subsampling(feats))
+        enc_lens = subsampled_length(feat_lens)
+        mask = length_mask(enc_lens, x.shape[1])
+        bias = build_bias(
+            self.penalty, length=x.shape[1], num_heads=self.num_heads, device=x.device, dtype=compute_dtype(x), mask=mask
+        )
+        for layer in self.layers:
+            x = layer(x, bias=bias, mask=mask)
+        return self.norm(x), enc_lens

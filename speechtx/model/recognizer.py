@@ -1,0 +1,81 @@
+"""The whole model: encoder, CTC output and decoder, and the joint loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechtx.config.schema import ModelConfig
+from speechtx.model.decoder import Decoder
+from speechtx.model.encoder import Encoder
+from speechtx.model.losses import Losses, attention_loss, ctc_loss, decoder_targets
+from speechtx.model.subsampling import Subsampling
+
+
+class Recognizer(nn.Module):
+    """Speech-Transformer (Dong, Xu and Xu, ICASSP 2018) trained with CTC and attention.
+
+    Args:
+        config: shape, penalty and loss weights.
+        num_mel_bins: F, bins of the features.
+        vocab_size: V, tokens including <blank> (id 0) and <sos/eos> (id V - 1).
+    """
+
+    def __init__(self, *, config: ModelConfig, num_mel_bins: int, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.blank_id = 0
+        self.sos_eos_id = vocab_size - 1
+        dim = config.encoder.dim
+        self.encoder = Encoder(config=config.encoder, penalty=config.attention_penalty.encoder_self, num_mel_bins=num_mel_bins)
+        self.decoder = Decoder(config=config.decoder, dim=dim, vocab_size=vocab_size) if config.decoder.layers else None
+        self.ctc = nn.Linear(dim, vocab_size)
+        initialise(self)
+
+    def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """feats (B, T, F), feat_lens (B,) -> enc_out (B, S, D), enc_lens (B,); see `Encoder.forward`."""
+        return self.encoder(feats, feat_lens)
+
+    def ctc_log_probs(self, enc_out: Tensor) -> Tensor:
+        """enc_out (B, S, D) -> log-probabilities (B, S, V), float32."""
+        return F.log_softmax(self.ctc(enc_out).float(), dim=-1)
+
+    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Losses:
+        """The joint loss of a padded batch.
+
+        Args:
+            feats: (B, T, F) float, normalised features.
+            feat_lens: (B,) int64, frames.
+            tokens: (B, U) int64 without start or end of sentence; padding may be any value.
+            token_lens: (B,) int64.
+        """
+        enc_out, enc_lens = self.encode(feats, feat_lens)
+        ctc = ctc_loss(self.ctc_log_probs(enc_out), enc_lens, tokens, token_lens, blank_id=self.blank_id)
+        num_tokens = (token_lens + 1).sum()
+        if self.decoder is None:
+            nothing = torch.zeros_like(ctc)
+            return Losses(ctc, ctc.detach(), nothing.detach(), num_tokens, torch.zeros_like(num_tokens))
+        tokens_in, targets = decoder_targets(tokens, token_lens, sos_eos_id=self.sos_eos_id)
+        logits = self.decoder(tokens_in, token_lens + 1, enc_out, enc_lens)
+        att, num_correct = attention_loss(logits, targets, label_smoothing=self.config.label_smoothing)
+        weight = self.config.ctc_weight
+        return Losses(weight * ctc + (1.0 - weight) * att, ctc.detach(), att.detach(), num_tokens, num_correct)
+
+
+def initialise(model: nn.Module) -> None:
+    """Starting weights for deep pre-norm stacks.
+
+    Linear layers are Xavier uniform (Glorot and Bengio 2010) with zero biases; the fused query, key and value projections count
+    as one layer of three times the width, which makes attention start flatter. Embeddings are normal with variance 1/D, so that
+    they have unit variance after the sqrt(D) of the positions. The convolutional front end keeps its own (see `Subsampling`).
+    """
+    front_end = {m for part in model.modules() if isinstance(part, Subsampling) for m in part.modules()}
+    for module in model.modules():
+        if module in front_end:
+            continue
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)

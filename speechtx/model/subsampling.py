@@ -1,0 +1,53 @@
+"""The convolutional front end: one encoder frame for every four feature frames."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LengthT = TypeVar("LengthT", int, Tensor)
+
+MIN_FRAMES = 7  # the receptive field of one subsampled frame
+
+
+def subsampled_length(length: LengthT) -> LengthT:
+    """Frames left of `length` (an int or a LongTensor) after two convolutions of width 3 and stride 2 without padding."""
+    shorter = ((length - 1) // 2 - 1) // 2
+    return shorter.clamp(min=0) if isinstance(shorter, Tensor) else max(shorter, 0)
+
+
+class Subsampling(nn.Module):
+    """Two 3x3 convolutions of stride 2 in time and frequency with ReLU, then a linear layer (Dong et al. 2018, section 3.1).
+
+    The convolutions do not pad, so subsampled frame s depends on feature frames 4s .. 4s + 6 only, and the first
+    `subsampled_length(feat_len)` frames of an utterance never see what lies behind its end.
+
+    PyTorch's default initialisation is kept here on purpose: each of the three layers shrinks the signal's power (by about 6,
+    6 and 3), and together they undo the factor D of the power that the positions' sqrt(D) brings, so that the residual stream
+    starts near unit variance beside positions of variance 1/2.
+
+    Args:
+        num_mel_bins: F.
+        channels: of both convolutions.
+        dim: D, the encoder's width.
+    """
+
+    def __init__(self, *, num_mel_bins: int, channels: int, dim: int) -> None:
+        super().__init__()
+        if subsampled_length(num_mel_bins) < 1:
+            raise ValueError(
+                f"num_mel_bins {num_mel_bins} leaves nothing after two stride-2 convolutions; {MIN_FRAMES} is the least"
+            )
+        self.conv1 = nn.Conv2d(1, channels, kernel_size=3, stride=2)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+        self.linear = nn.Linear(channels * subsampled_length(num_mel_bins), dim)
+
+    def forward(self, feats: Tensor) -> Tensor:
+        """feats (B, T, F) -> (B, S, D) with S = subsampled_length(T), at least 1: a shorter batch is padded with zeros."""
+        if feats.shape[1] < MIN_FRAMES:
+            feats = F.pad(feats, (0, 0, 0, MIN_FRAMES - feats.shape[1]))
+        x = F.relu(self.conv1(feats.unsqueeze(1)))
+        x = F.relu(self.conv2(x))
+        return self.linear(x.transpose(1, 2).flatten(2))
