@@ -18,9 +18,9 @@ README = HERE / "README.md"
 REQUIRES = [
     "torch>=2.6,<3",  # model, training, search; tools/install.sh pins the version the tests were run with
     "numpy>=1.26,<3",  # features and statistics
-    # ark/scp archives, behind speechtx/data/ark.py only. Its wheel says Apache-2.0 in the sources it was made from but ships
-    # NTT's own licence text, which allows evaluation only: read it before using it commercially. kaldi_native_io
-    # (Apache-2.0) is the alternative behind the same functions and passes the same tests.
+    # ark/scp archives, behind speechtx/data/ark.py only. Licence: the wheel carries NTT's "Software License Agreement for
+    # Evaluation", which allows internal testing and evaluation only; read it before any other use. kaldi_native_io
+    # (Apache-2.0) is the alternative behind the same functions, and passes the same tests.
     "kaldiio>=2.18,<3",
     "kaldi_native_io>=1.22,<2",
     "kaldi-native-fbank>=1.19,<2",  # Kaldi's filterbank without Kaldi
@@ -57,7 +57,7 @@ EXTRAS = {
 }
 
 if VERSION is None:
-    raise SystemExit("setup.py: no line __version__ = \"...\" in speechtx/__init__.py")
+    raise SystemExit('setup.py: no line __version__ = "..." in speechtx/__init__.py')
 
 setup(
     name="speechtx",
