@@ -231,6 +231,7 @@ class TrainingConfig(Section):
     min_frames: Positive = 10  # shorter and longer utterances are listed and left out of training
     max_frames: Positive = 3000
     checkpoint_minutes: PositiveFloat = 5.0  # a resumable checkpoint at least this often, and at every epoch's end
+    loader_workers: NonNegative = 1  # processes per rank that read and augment ahead; 0: none
     average: AverageConfig = AverageConfig()
 
     @model_validator(mode="after")
@@ -250,6 +251,12 @@ class TrainConfig(Section):
     features: FeaturesConfig = FeaturesConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.model.decoder.layers == 0 and self.training.average.by == "dev_acc":
+            raise ValueError("without a decoder there is no dev_acc; write training.average.by: dev_loss")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------- decoding

@@ -142,6 +142,11 @@ class Corpus(Dataset[Batch]):
             return feats
         return spec_augment(feats, self.specaugment, np.random.default_rng([self.seed, self.epoch, index]))
 
+    def at_epoch(self, epoch: int) -> Corpus:
+        """This corpus with the masks of the given epoch."""
+        self.epoch = epoch
+        return self
+
     def batches(self, indices: list[list[int]], *, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
         """Loads the given batches in order, `workers` processes ahead of the consumer (0: in this process)."""
         return iter(

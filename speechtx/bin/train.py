@@ -1,0 +1,35 @@
+"""Trains a model (stage 4), or continues where a killed run stopped.
+
+Reads conf/train.yaml, the training and dev data directories with features, and a tokenizer; writes an experiment
+directory. Running the same command again continues from the newest checkpoint.
+
+example: speechtx train --config conf/train.yaml --train data/train --dev data/dev --tokenizer data/lang_bpe --exp exp/transformer
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the experiment's YAML (conf/train.yaml)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides one value of the YAML; may be repeated")
+    parser.add_argument("--train", required=True, type=Path, metavar="DIR", help="training data directory, with features")
+    parser.add_argument("--dev", required=True, type=Path, metavar="DIR", help="dev data directory, with features")
+    parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help="tokenizer of stage 3")
+    parser.add_argument("--exp", required=True, type=Path, metavar="DIR", help="experiment directory to make or to continue")
+    parser.add_argument("--seed", type=int, help="overrides the YAML's seed")
+    parser.add_argument("--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU; more: start with torchrun (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from speechtx.config.load import load_config
+    from speechtx.config.schema import TrainConfig
+    from speechtx.training.prepare import TrainingData
+    from speechtx.training.train import train
+
+    overrides = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
+    config = load_config(args.config, TrainConfig, overrides)
+    train(config, TrainingData(train=args.train, dev=args.dev, tokenizer=args.tokenizer), args.exp, ngpu=args.ngpu)
+    return 0

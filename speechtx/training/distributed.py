@@ -1,0 +1,82 @@
+"""Several processes that train one model: who am I, sum over all, wait for all.
+
+Gradients are summed by hand after the last batch of a step, not by DistributedDataParallel: each rank may then hold any
+number of batches, none included, and N processes compute exactly the step that one process with the same global batch computes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from speechtx.config.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers; `size` 1 when not started by torchrun."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Sums all gradients over all processes in one flat buffer; parameters without a gradient count as zero."""
+        if self.size == 1:
+            return
+        with torch.no_grad():
+            trained = [p for p in parameters if p.requires_grad]
+            flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])
+            dist.all_reduce(flat)
+            for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(ngpu: int) -> World:
+    """Joins the process group when started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment).
+
+    Args:
+        ngpu: 0 trains on the CPU (gloo between processes), otherwise each process takes one GPU (nccl).
+
+    Raises:
+        TrainingError: a GPU was asked for and there is none.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if ngpu:
+        if torch.cuda.device_count() <= local_rank:
+            raise TrainingError(
+                f"--ngpu {ngpu} asks for GPU {local_rank}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()}; "
+                "use --ngpu 0, or install a CUDA build of torch"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        dist.init_process_group("nccl" if ngpu else "gloo")
+    return World(rank=rank, size=size, device=device)
+
+
+def stop(world: World) -> None:
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,112 @@
+"""What a person sees of training: a live line a step, a line an epoch, train.log, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from speechtx.config.atomic import write_text
+
+LOG_EVERY_STEPS = 50
+
+
+class Monitor:
+    """Progress of one training run; only the main process has one that writes.
+
+    Args:
+        exp: the experiment directory.
+        epochs: how many the run will have.
+        enabled: False on all ranks but the first: nothing is written or shown.
+        stream: where lines go; a live line is drawn only when it is a terminal.
+    """
+
+    def __init__(self, *, exp: Path, epochs: int, enabled: bool = True, stream: TextIO = sys.stdout) -> None:
+        self.exp = exp
+        self.epochs = epochs
+        self.enabled = enabled
+        self.stream = stream
+        self.live = enabled and stream.isatty()
+        self.log = open(exp / "train.log", "a", encoding="utf-8") if enabled else None  # noqa: SIM115  # closed in close()
+        self.board: Any = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter  # half a second of imports that other ranks need not pay
+
+            self.board = SummaryWriter(str(exp / "tensorboard"))
+        self._clock = time.monotonic()
+        self._frames = 0
+        self._rate = 0.0
+
+    def say(self, message: str) -> None:
+        """One line for the log and the terminal, with the time."""
+        if not self.enabled or self.log is None:
+            return
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}"
+        self.log.write(line + "\n")
+        self.log.flush()
+        self.stream.write(("\r\x1b[K" if self.live else "") + line + "\n")
+        self.stream.flush()
+
+    def start_epoch(self) -> None:
+        """Restarts the rate, so that evaluation and checkpoints do not count as training time."""
+        self._clock, self._frames = time.monotonic(), 0
+
+    def step(self, *, epoch: int, index: int, count: int, frames: int, step: int, lr: float, averages: Mapping[str, float]) -> None:
+        """One optimiser step: `index` of `count` in this epoch, over `frames` feature frames."""
+        if not self.enabled or self.log is None:
+            return
+        self._frames += frames
+        elapsed = max(time.monotonic() - self._clock, 1e-9)
+        self._rate = self._frames / elapsed
+        done = (epoch - 1) + index / count
+        remaining = (self.epochs - done) * elapsed / max(index / count, 1e-9) if index else 0.0
+        line = (
+            f"epoch {epoch}/{self.epochs} {index:>4}/{count} loss {averages['loss']:.3f} (ctc {averages['ctc']:.3f} "
+            f"att {averages['att']:.3f}) acc {100 * averages['acc']:.1f}% lr {lr:.2e} {self._rate:,.0f} frames/s ETA {clock(remaining)}"
+        )
+        if self.live:
+            self.stream.write("\r\x1b[K" + line[:200])
+            self.stream.flush()
+        if step % LOG_EVERY_STEPS == 0:
+            self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step} {line}\n")
+            self.log.flush()
+            self.board.add_scalar("step/loss", averages["loss"], step)
+            self.board.add_scalar("step/lr", lr, step)
+            self.board.add_scalar("step/frames_per_second", self._rate, step)
+
+    def epoch(self, entry: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        """The line of a finished epoch; metrics.jsonl is written whole from the history, so it never holds an epoch twice."""
+        if not self.enabled:
+            return
+        train, dev = entry["train"], entry["dev"]
+        left = (self.epochs - entry["epoch"]) * sum(e["seconds"] for e in history[-5:]) / len(history[-5:])
+        self.say(
+            f"epoch {entry['epoch']}/{self.epochs} train loss {train['loss']:.3f} acc {100 * train['acc']:.2f}% | "
+            f"dev loss {dev['loss']:.3f} (ctc {dev['ctc']:.3f} att {dev['att']:.3f}) acc {100 * dev['acc']:.2f}% | "
+            f"lr {entry['lr']:.2e} {entry['frames_per_second']:,.0f} frames/s {entry['seconds']:.0f} s, left {clock(left)}"
+        )
+        self.write_metrics(history)
+        for part in ("train", "dev"):
+            for name, value in entry[part].items():
+                self.board.add_scalar(f"{part}/{name}", value, entry["epoch"])
+        self.board.flush()
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Writes metrics.jsonl as the checkpoint knows it: a kill may have come between the two."""
+        if self.enabled:
+            write_text(self.exp / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in history))
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,229 @@
+"""Before the first step: read the tables, encode the transcripts, leave out what cannot be trained on, lay out the experiment."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import speechtx
+from speechtx.config.atomic import write_text
+from speechtx.config.errors import TrainingError
+from speechtx.config.load import dump_config, load_config
+from speechtx.config.schema import FbankConfig, TrainConfig, TrainingConfig
+from speechtx.data.loader import Corpus, FeatureReader
+from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
+from speechtx.experiment.experiment import Experiment
+from speechtx.model.losses import ctc_min_frames
+from speechtx.model.subsampling import subsampled_length
+from speechtx.text.tokenizer import Tokenizer
+
+# What may change between two calls that continue the same experiment.
+MAY_CHANGE = ("epochs", "checkpoint_minutes", "loader_workers", "max_nonfinite_steps", "average")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What training reads: data directories after stage 2 and the tokenizer of stage 3."""
+
+    train: Path
+    dev: Path
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Utterances that can be trained on, their tokens, and those left out with the reason."""
+
+    utterances: list[Utterance]
+    tokens: list[list[int]]
+    left_out: list[tuple[str, str]]
+
+
+def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, config: TrainingConfig) -> Selection:
+    """Leaves out what is too short or too long, has no text, or what CTC could not emit in its frames."""
+    kept: list[Utterance] = []
+    tokens: list[list[int]] = []
+    left_out: list[tuple[str, str]] = []
+    for utterance in utterances:
+        ids = tokenizer.encode(utterance.text)
+        frames, needed = subsampled_length(utterance.num_frames), ctc_min_frames(ids)
+        if not ids:
+            left_out.append((utterance.id, "empty transcript"))
+        elif not config.min_frames <= utterance.num_frames <= config.max_frames:
+            left_out.append((utterance.id, f"{utterance.num_frames} frames, allowed are {config.min_frames} to {config.max_frames}"))
+        elif frames < needed:
+            left_out.append((utterance.id, f"{frames} encoder frames, but CTC needs {needed} for {len(ids)} tokens and their repeats"))
+        else:
+            kept.append(utterance)
+            tokens.append(ids)
+    return Selection(kept, tokens, left_out)
+
+
+def lay_out_experiment(exp: Path, config: TrainConfig, fbank: FbankConfig, data: TrainingData) -> None:
+    """Makes the experiment directory, or checks that an existing one belongs to the same experiment.
+
+    Raises:
+        TrainingError: the directory holds another experiment; the message names the keys that differ.
+    """
+    exp.mkdir(parents=True, exist_ok=True)
+    old = exp / "config.yaml"
+    if old.is_file():
+        different = differing_keys(load_config(old, TrainConfig), config)
+        if load_config(exp / "fbank.yaml", FbankConfig) != fbank:
+            different.append("fbank.yaml")
+        if different:
+            raise TrainingError(
+                f"{exp} holds an experiment with another configuration ({', '.join(different)}); "
+                "give another --exp, or remove the directory to start again"
+            )
+    if not (exp / "tokenizer").is_dir():
+        shutil.copytree(data.tokenizer, exp / "tokenizer.new", dirs_exist_ok=True)
+        (exp / "tokenizer.new").rename(exp / "tokenizer")
+    if Tokenizer.load(exp / "tokenizer").pieces != Tokenizer.load(data.tokenizer).pieces:
+        raise TrainingError(f"{exp}/tokenizer is not the tokenizer of {data.tokenizer}; give another --exp")
+    if config.features.cmvn == "global":
+        source = data.train / "global_cmvn.ark"
+        if not source.is_file():
+            raise TrainingError(f"{source}: missing; run stage fbank on the training set")
+        shutil.copyfile(source, exp / "global_cmvn.ark")
+    write_text(exp / "fbank.yaml", dump_config(fbank))
+    write_text(old, dump_config(config))
+
+
+def differing_keys(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Names of the values in which two configurations of one experiment must not differ, but do."""
+    ours, theirs = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    free = [f"training.{name}" for name in MAY_CHANGE]
+    if new.training.schedule.name == "cosine":
+        free.remove("training.epochs")  # the schedule ends with the last epoch: another number is another training
+    keys = sorted({*ours, *theirs})
+    return [k for k in keys if ours.get(k) != theirs.get(k) and not any(k == f or k.startswith(f + ".") for f in free)]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[Corpus, Corpus, list[str]]:
+    """The training and dev corpora of an experiment that is laid out, and what a person should know about them.
+
+    Raises:
+        DataError: tables or features are wrong. TrainingError: nothing is left to train or to validate on.
+    """
+    experiment = Experiment.open(exp)
+    notes: list[str] = []
+    corpora = []
+    for name, directory in (("train", data.train), ("dev", data.dev)):
+        reader = FeatureReader(
+            config=config.features,
+            num_mel_bins=experiment.fbank.num_mel_bins,
+            global_cmvn=experiment.global_cmvn,
+            data_dir=directory,
+        )
+        manifest = load_manifest(directory)
+        selection = select_utterances(manifest, experiment.tokenizer, config.training)
+        report = exp / f"left_out_{name}.txt"
+        write_text(report, "".join(f"{key} {why}\n" for key, why in selection.left_out))
+        if not selection.utterances:
+            raise TrainingError(f"{directory}: none of {len(manifest)} utterances can be used; reasons are in {report}")
+        hours = sum(u.num_frames for u in selection.utterances) * experiment.fbank.frame_shift_ms / 3.6e6
+        unknown = sum(ids.count(experiment.tokenizer.unk_id) for ids in selection.tokens)
+        total = sum(len(ids) for ids in selection.tokens)
+        line = f"{name}: {len(selection.utterances)} utterances, {hours:.2f} h, {total} tokens"
+        if unknown:
+            line += f" ({unknown} of them <unk>)"
+        if selection.left_out:
+            line += f"; {len(selection.left_out)} left out, for example {' '.join(selection.left_out[0])} (all in {report})"
+        notes.append(line)
+        corpora.append(
+            Corpus(
+                utterances=selection.utterances,
+                tokens=selection.tokens,
+                reader=reader,
+                specaugment=config.training.specaugment if name == "train" else None,
+                seed=config.seed,
+            )
+        )
+    return corpora[0], corpora[1], notes
+
+
+def check_features_agree(data: TrainingData) -> FbankConfig:
+    """The feature configuration that train and dev share."""
+    fbank = read_fbank_config(data.train)
+    require_same_features(fbank, data.train, read_fbank_config(data.dev), data.dev)
+    return fbank
+
+
+def describe_run(exp: Path, *, device: str, num_parameters: int, seed: int, processes: int) -> None:
+    """Writes run.json at the first start; a continued run only adds when it was continued."""
+    path = exp / "run.json"
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    if path.is_file():
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run.setdefault("continued", []).append(now)
+    else:
+        run = {
+            "command": shlex.join(["speechtx", *sys.argv[1:]]),
+            "git_hash": git_hash(),
+            "versions": {"speechtx": speechtx.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "host": platform.node(),
+            "device": device,
+            "processes": processes,
+            "threads": torch.get_num_threads(),
+            "num_parameters": num_parameters,
+            "seed": seed,
+            "started": now,
+        }
+    write_text(path, json.dumps(run, indent=1) + "\n")
+
+
+def finish_run(exp: Path, train_seconds: float) -> None:
+    path = exp / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    run["train_seconds"] = round(train_seconds, 1)
+    write_text(path, json.dumps(run, indent=1) + "\n")
+
+
+def git_hash() -> str:
+    """The commit of the source tree, with `+changes` when it was not clean; `unknown` outside a checkout."""
+    root = Path(speechtx.__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", "speechtx", "utils"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def device_name(device: torch.device) -> str:
+    """What RESULTS shows: the GPU's name, or the processor's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"

@@ -1,0 +1,54 @@
+"""`train`: from paths and a configuration to a trained experiment directory."""
+
+from __future__ import annotations
+
+
+import torch
+
+from speechtx.config.schema import TrainConfig
+from speechtx.experiment.experiment import Experiment
+from speechtx.training import distributed, prepare
+from speechtx.training.monitor import Monitor
+from speechtx.training.trainer import Trainer
+
+
+def train(config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: int = 0) -> None:
+    """Trains, or continues to train, one experiment.
+
+    Args:
+        config: the resolved configuration.
+        data: data directories and tokenizer.
+        exp: the experiment directory, made if it is not there.
+        ngpu: 0 for the CPU; started by torchrun, every process calls this function.
+
+    Raises:
+        SpeechtxError: see `prepare` and `Trainer.run`.
+    """
+    world = distributed.start(ngpu)
+    try:
+        fbank = prepare.check_features_agree(data)
+        if world.is_main:
+            prepare.lay_out_experiment(exp, config, fbank, data)
+        world.barrier()
+        train_corpus, dev_corpus, notes = prepare.build_corpora(exp, data, config)
+        torch.manual_seed(config.seed)
+        model = Experiment.open(exp).new_model()
+        num_parameters = sum(p.numel() for p in model.parameters())
+        monitor = Monitor(exp=exp, epochs=config.training.epochs, enabled=world.is_main)
+        try:
+            device = prepare.device_name(world.device)
+            for note in notes:
+                monitor.say(note)
+            monitor.say(f"model: {num_parameters:,} parameters on {device}" + (f", {world.size} processes" if world.size > 1 else ""))
+            if world.is_main:
+                prepare.describe_run(exp, device=device, num_parameters=num_parameters, seed=config.seed, processes=world.size)
+            trainer = Trainer(
+                config=config, model=model, train=train_corpus, dev=dev_corpus, exp=exp, world=world, monitor=monitor
+            )
+            trainer.run()
+            if world.is_main:
+                prepare.finish_run(exp, trainer.seconds)
+        finally:
+            monitor.close()
+    finally:
+        distributed.stop(world)

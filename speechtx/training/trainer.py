@@ -1,0 +1,302 @@
+"""The training loop: resume, epochs of steps, evaluation, checkpoints. Readable from top to bottom.
+
+Every random draw is a function of (seed, epoch, position of the batch), never of what ran before. So a run that was killed
+and started again computes the same steps as one that was not, bit for bit on a CPU with the same number of threads, and
+N processes compute the same global batches as one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechtx.config.errors import TrainingError
+from speechtx.config.load import config_hash
+from speechtx.config.schema import TrainConfig
+from speechtx.data.batching import make_batches
+from speechtx.data.loader import Batch, Corpus
+from speechtx.model.losses import Losses
+from speechtx.model.recognizer import Recognizer
+from speechtx.training.averaging import choose_epochs, epoch_path
+from speechtx.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from speechtx.training.distributed import World
+from speechtx.training.monitor import Monitor
+from speechtx.training.optim import build_optimizer, learning_rate
+
+SUMS = ("total", "ctc", "att", "tokens", "correct")  # what is summed over the batches of an epoch
+
+
+class Trainer:
+    """Trains one model on one corpus; the state that must survive a kill is exactly what `state` returns.
+
+    Args:
+        config: the whole experiment's configuration.
+        model: on the CPU, freshly initialised.
+        train: corpus with tokens and SpecAugment.
+        dev: corpus with tokens, without SpecAugment.
+        exp: the experiment directory; `checkpoints/` is made in it.
+        world: this process among its peers.
+        monitor: where progress goes.
+    """
+
+    def __init__(
+        self, *, config: TrainConfig, model: Recognizer, train: Corpus, dev: Corpus, exp: Path, world: World, monitor: Monitor
+    ) -> None:
+        self.config = config
+        self.train_config = config.training
+        self.world = world
+        self.monitor = monitor
+        self.exp = exp
+        self.train_corpus = train
+        self.dev_corpus = dev
+        self.model = model.to(world.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.model, config.training.optimizer, world.device)
+        self.precision = choose_precision(config.training.precision, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == torch.float16)
+        self.epoch = 1  # the epoch being trained
+        self.index = 0  # steps done in it
+        self.step = 0  # optimiser steps done in all
+        self.nonfinite = 0
+        self.seconds = 0.0
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        self.history: list[dict[str, Any]] = []
+        if world.device.type == "cpu":
+            torch.set_flush_denormal(True)  # softmax tails and Adam's moments otherwise run into slow denormal arithmetic
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Trains until the configured number of epochs is done, from the newest checkpoint if there is one.
+
+        Raises:
+            TrainingError: too many non-finite steps, an unreadable or foreign checkpoint, a full disk.
+        """
+        (self.exp / "checkpoints").mkdir(exist_ok=True)
+        self.resume()
+        while self.epoch <= self.train_config.epochs:
+            self.train_epoch()
+            self.finish_epoch(self.evaluate())
+        self.world.barrier()
+
+    def train_epoch(self) -> None:
+        """The rest of the current epoch, from `self.index` on."""
+        groups = self.groups()
+        mine = [batch for group in groups[self.index :] for batch in self.my_share(group)]
+        workers = self.train_config.loader_workers
+        batches = self.train_corpus.at_epoch(self.epoch).batches(mine, workers=workers, pin=self.world.device.type == "cuda")
+        self.model.train()
+        self.monitor.start_epoch()
+        started = saved = time.monotonic()
+        for group in groups[self.index :]:
+            lr = learning_rate(
+                self.train_config.schedule,
+                peak=self.train_config.optimizer.lr,
+                step=self.step + 1,
+                progress=(self.epoch - 1 + self.index / len(groups)) / self.train_config.epochs,
+            )
+            self.train_step(group, batches, lr)
+            self.index += 1
+            self.monitor.step(
+                epoch=self.epoch,
+                index=self.index,
+                count=len(groups),
+                frames=sum(self.train_corpus.utterances[i].num_frames for batch in group for i in batch),
+                step=self.step,
+                lr=lr,
+                averages=self.averages,
+            )
+            now = time.monotonic()
+            self.seconds += now - started
+            started = now
+            if now - saved > 60 * self.train_config.checkpoint_minutes and self.index < len(groups):
+                self.save()
+                saved = time.monotonic()
+
+    def train_step(self, group: list[list[int]], batches: Iterator[Batch], lr: float) -> None:
+        """One optimiser step over a group of batches, of which this process takes every `world.size`-th."""
+        tokens = sum(len(self.train_corpus.tokens[i]) + 1 for batch in group for i in batch)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        for position in range(self.world.rank, len(group), self.world.size):
+            batch = next(batches).to(self.world.device)
+            seed_step(self.config.seed, self.step, position)
+            losses = self.forward(batch)
+            self.scaler.scale(losses.total / tokens).backward()
+            sums += summed(losses)
+        self.world.sum_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.train_config.grad_clip)
+        self.world.sum(sums)
+        self.step += 1
+        if bool(torch.isfinite(norm)):
+            for parameters in self.optimizer.param_groups:
+                parameters["lr"] = lr
+            self.scaler.step(self.optimizer)
+            self.sums += sums.cpu()
+        else:
+            self.skip_step(group)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def skip_step(self, group: list[list[int]]) -> None:
+        """A step whose gradient is NaN or infinite changes nothing; it is counted, named, and fatal past the limit."""
+        ids = [self.train_corpus.utterances[i].id for batch in group for i in batch]
+        if self.scaler.is_enabled() and self.scaler.get_scale() > 1.0:
+            self.scaler.step(self.optimizer)  # float16 overflow: the scaler skips the step itself and lowers its scale
+            return
+        self.nonfinite += 1
+        named = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+        self.monitor.say(f"warning: step {self.step}: gradient is not finite, step skipped ({self.nonfinite} so far); utterances {named}")
+        if self.nonfinite > self.train_config.max_nonfinite_steps:
+            raise TrainingError(
+                f"step {self.step}: {self.nonfinite} steps had a non-finite gradient, more than training.max_nonfinite_steps "
+                f"{self.train_config.max_nonfinite_steps}; last utterances: {named}. Lower training.optimizer.lr or look at these utterances"
+            )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and teacher-forced token accuracy on the dev set."""
+        self.model.eval()
+        lengths = [u.num_frames for u in self.dev_corpus.utterances]
+        batches = make_batches(
+            lengths,
+            frames_per_batch=max(self.train_config.frames_per_batch, *lengths),
+            max_utts=self.train_config.max_utts_per_batch,
+        )
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        for batch in self.dev_corpus.batches(self.my_share(batches)):
+            sums += summed(self.forward(batch.to(self.world.device)))
+        return averages_of(self.world.sum(sums).cpu())
+
+    def finish_epoch(self, dev: dict[str, float]) -> None:
+        """Books the epoch, keeps its weights if stage 5 may want them, and saves a checkpoint behind it."""
+        frames = sum(u.num_frames for u in self.train_corpus.utterances)
+        seconds = self.seconds - sum(e["seconds"] for e in self.history)
+        entry = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train": self.averages,
+            "dev": dev,
+            "seconds": seconds,
+            "frames_per_second": frames / max(seconds, 1e-9),
+            "nonfinite_steps": self.nonfinite,
+        }
+        self.history.append(entry)
+        kept = set(choose_epochs(self.history, self.train_config.average))
+        if self.world.is_main and self.epoch in kept:
+            save_weights(epoch_path(self.exp, self.epoch), self.model.state_dict())
+        self.epoch, self.index = self.epoch + 1, 0
+        self.sums.zero_()
+        self.save()
+        self.monitor.epoch(entry, self.history)
+        if self.world.is_main:
+            for old in self.history:
+                if old["epoch"] not in kept:
+                    epoch_path(self.exp, old["epoch"]).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------------ parts
+
+    def forward(self, batch: Batch) -> Losses:
+        autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.precision != torch.float32:
+            autocast = torch.autocast(self.world.device.type, dtype=self.precision)
+        with autocast:
+            return self.model(batch.feats, batch.feat_lens, batch.tokens, batch.token_lens)
+
+    def groups(self) -> list[list[list[int]]]:
+        """The epoch's batches, grouped into optimiser steps: accum_steps batches for each process."""
+        batches = make_batches(
+            [u.num_frames for u in self.train_corpus.utterances],
+            frames_per_batch=self.train_config.frames_per_batch,
+            max_utts=self.train_config.max_utts_per_batch,
+            seed=self.config.seed,
+            epoch=self.epoch,
+        )
+        size = self.train_config.accum_steps * self.world.size
+        return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+    def my_share(self, batches: list[list[int]]) -> list[list[int]]:
+        return batches[self.world.rank :: self.world.size]
+
+    @property
+    def averages(self) -> dict[str, float]:
+        return averages_of(self.sums)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {
+            "config_hash": config_hash(self.config.model),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "index": self.index,
+            "step": self.step,
+            "nonfinite": self.nonfinite,
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "history": self.history,
+            "group_size": self.train_config.accum_steps * self.world.size,
+        }
+
+    def save(self) -> None:
+        if self.world.is_main:
+            save_checkpoint(self.exp / "checkpoints", self.state)
+        self.world.barrier()
+
+    def resume(self) -> None:
+        state = load_checkpoint(self.exp / "checkpoints")
+        if state is None:
+            return
+        if state["config_hash"] != config_hash(self.config.model):
+            raise TrainingError(f"{self.exp}/checkpoints: made by a model of another configuration; choose another --exp")
+        if state["index"] and state["group_size"] != self.train_config.accum_steps * self.world.size:
+            raise TrainingError(
+                f"the checkpoint stands in the middle of epoch {state['epoch']} of a run with {state['group_size']} batches a step; "
+                f"continue with as many (accum_steps times processes), now it is {self.train_config.accum_steps * self.world.size}"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name in ("epoch", "index", "step", "nonfinite", "seconds", "sums", "history"):
+            setattr(self, name, state[name])
+        self.monitor.write_metrics(self.history)
+        if self.epoch > self.train_config.epochs:
+            self.monitor.say(f"training of {self.train_config.epochs} epochs is complete")
+        else:
+            self.monitor.say(f"continuing from the checkpoint at epoch {self.epoch}, step {self.index} of the epoch")
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of automatic mixed precision; float32 means none."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def seed_step(seed: int, step: int, position: int) -> None:
+    """Seeds dropout for one batch: a function of where it stands, whichever process computes it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, position]).generate_state(1, np.uint32)[0]))
+
+
+def summed(losses: Losses) -> Tensor:
+    """The sums of one batch in the order of SUMS, float64, on the batch's device and without waiting for it."""
+    parts = (losses.total, losses.ctc, losses.att, losses.num_tokens, losses.num_correct)
+    return torch.stack([part.detach().double() for part in parts])
+
+
+def averages_of(sums: Tensor) -> dict[str, float]:
+    """Per-token losses (nats) and token accuracy from summed values; zeros before the first batch."""
+    total, ctc, att, tokens, correct = sums.tolist()
+    count = max(tokens, 1.0)
+    return {"loss": total / count, "ctc": ctc / count, "att": att / count, "acc": correct / count}
