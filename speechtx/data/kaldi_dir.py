@@ -2,6 +2,146 @@
 
 from __future__ import annotations
 
-from speechtx.data.kaldi_table import Segment, read_segments, read_table, read_utt2spk, write_table
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["Segment", "read_segments", "read_table", "read_utt2spk", "write_table"]
+from speechtx.config.errors import DataError
+from speechtx.data.kaldi_checks import check_data_dir
+from speechtx.data.kaldi_table import TABLES, Segment, read_segments, read_table, read_utt2spk, write_table
+
+__all__ = [
+    "CARRIED",
+    "DataDirSummary",
+    "Segment",
+    "Tables",
+    "read_data_dir",
+    "read_segments",
+    "read_table",
+    "read_utt2spk",
+    "spk2utt_of",
+    "validate_data_dir",
+    "write_data_dir",
+    "write_table",
+]
+
+Tables = dict[str, dict[str, str]]
+"""The tables of a directory by file name, each a dict from key to value."""
+
+CARRIED = ("fbank.yaml", "global_cmvn.ark")
+"""Files beside the tables that belong to the features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDirSummary:
+    """What a valid directory holds, and warnings about it."""
+
+    utterances: int
+    speakers: int
+    recordings: int
+    warnings: tuple[str, ...]
+
+
+def spk2utt_of(utt2spk: Mapping[str, str]) -> dict[str, str]:
+    """The inverse of `utt2spk`: speaker to its utterances, in C order, separated by spaces."""
+    utterances: dict[str, list[str]] = {}
+    for utt in sorted(utt2spk):
+        utterances.setdefault(utt2spk[utt], []).append(utt)
+    return {speaker: " ".join(utts) for speaker, utts in sorted(utterances.items())}
+
+
+def read_data_dir(path: str | Path) -> Tables:
+    """Reads every table of a directory that is there; `utt2spk` must be.
+
+    Raises:
+        DataError: no such directory, no `utt2spk` or an empty one, or a table that `read_table` refuses.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such data directory")
+    tables = {name: read_table(path / name) for name in TABLES if (path / name).exists()}
+    if "utt2spk" not in tables:
+        raise DataError(f"{path / 'utt2spk'}: no such file; a data directory needs one line 'utterance speaker' per utterance")
+    if not tables["utt2spk"]:
+        raise DataError(f"{path / 'utt2spk'}: no utterances")
+    tables["utt2spk"] = read_utt2spk(path / "utt2spk")
+    return tables
+
+
+def write_data_dir(dest: str | Path, tables: Mapping[str, Mapping[str, str]], carried: Mapping[str, Path]) -> None:
+    """Writes a data directory; `spk2utt` is derived from `utt2spk`.
+
+    A new directory appears whole or not at all. In one that exists already only the files of a data directory are replaced
+    or removed; `utt2spk` goes first and comes back last, so that an interruption cannot pass for a complete directory.
+
+    Args:
+        dest: the directory, made with its parents.
+        tables: the tables by file name.
+        carried: files to copy, by their name in `dest` (see `CARRIED`).
+
+    Raises:
+        DataError: `dest` is a file, or cannot be written.
+    """
+    dest = Path(dest)
+    contents = {**tables, "spk2utt": spk2utt_of(tables["utt2spk"])}
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as staging:
+            new = Path(staging) / "new"
+            new.mkdir()
+            for name, values in contents.items():
+                write_table(new / name, values)
+            for name, source in carried.items():
+                shutil.copyfile(source, new / name)
+            if not dest.exists():
+                os.replace(new, dest)
+                return
+            (dest / "utt2spk").unlink(missing_ok=True)
+            for name in sorted({*TABLES, *CARRIED} - {"utt2spk"}):
+                if (new / name).exists():
+                    os.replace(new / name, dest / name)
+                else:
+                    (dest / name).unlink(missing_ok=True)
+            os.replace(new / "utt2spk", dest / "utt2spk")
+    except OSError as err:
+        raise DataError(f"{dest}: cannot be written: {err}") from None
+
+
+def validate_data_dir(
+    path: str | Path,
+    *,
+    feats: bool = False,
+    text: bool = True,
+    wav: bool = True,
+    allow_pipes: bool = False,
+    check_files: bool = True,
+    speaker_order: bool = True,
+    limit: int = 10,
+) -> DataDirSummary:
+    """Validates a data directory; the arguments are those of `check_data_dir`.
+
+    Raises:
+        DataError: lists the problems with file, line, entry and remedy.
+    """
+    findings, tables = check_data_dir(
+        path,
+        feats=feats,
+        text=text,
+        wav=wav,
+        allow_pipes=allow_pipes,
+        check_files=check_files,
+        speaker_order=speaker_order,
+        limit=limit,
+    )
+    count = findings.num_errors
+    if count:
+        raise DataError("\n".join([f"{path}: {count:,} problem{'s' * (count > 1)}", *findings.report()]))
+    return DataDirSummary(
+        utterances=len(tables["utt2spk"].values),
+        speakers=len(tables["spk2utt"].values),
+        recordings=len(tables["wav.scp"].values) if "wav.scp" in tables else 0,
+        warnings=tuple(findings.report(warnings=True)),
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from speechtx.config.errors import DataError
 
 Kind = Literal[
     "nul", "utf8", "bom", "crlf", "cr", "no-newline", "blank", "spacing", "id", "value", "duplicate", "conflict", "order"
-]
+]  # fmt: skip
 Report = Callable[[Kind, int, str], None]
 """Receives what is wrong: the kind, the line number (from 1), and a message that names the entry and the remedy."""
 
@@ -156,13 +155,10 @@ def scan_table(path: str | Path, *, report: Report) -> Table:
             line = line.rstrip("\r")
         if "\r" in line:
             report("cr", number, "carriage return inside the line; it shows nowhere but becomes part of the entry, remove it")
-        fields = line.replace("\t", " ").strip(" ").split(" ", 1)
-        key, value = fields[0], fields[1].strip(" ") if len(fields) == 2 else ""
+        key, value = _split(line, verbatim=spec.verbatim)
         if not key:
             report("blank", number, f"blank line; {FIX}")
             continue
-        if not spec.verbatim and ("  " in value or "\t" in line):
-            value = " ".join(value.split(" ")) if "  " not in value else re.sub(" +", " ", value)
         if line != (f"{key} {value}" if value else key):
             report("spacing", number, f"{spec.keys} {_id(key)}: tabs, or blanks that are doubled, leading or trailing; {FIX}")
         if not is_valid_id(key):
@@ -186,17 +182,17 @@ def scan_table(path: str | Path, *, report: Report) -> Table:
 def write_table(path: str | Path, values: Mapping[str, str]) -> None:
     """Writes a table sorted in C order, whole or not at all."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
+        with temporary.open("w", encoding="utf-8", newline="\n") as out:
             out.writelines(f"{key} {values[key]}\n" if values[key] else f"{key}\n" for key in sorted(values))
             out.flush()
             os.fsync(out.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except OSError as err:
+        raise DataError(f"{path}: cannot be written: {err.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_valid_id(identifier: str) -> bool:
@@ -247,10 +243,14 @@ def _decode(line: bytes, number: int, report: Report) -> str:
         return line.decode("utf-8", errors="replace")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _split(line: str, *, verbatim: bool) -> tuple[str, str]:
+    """Key and value of a line, without the blanks around them and, unless `verbatim`, with single spaces in the value."""
+    if "\t" not in line and "  " not in line and line[:1] != " " and line[-1:] != " ":
+        key, _, value = line.partition(" ")
+        return key, value
+    key, *rest = re.split("[ \t]+", line.strip(" \t"), maxsplit=1)
+    value = rest[0] if rest else ""
+    return key, value if verbatim else re.sub("[ \t]+", " ", value)
 
 
 def _number(text: str) -> float | None:
