@@ -1,9 +1,9 @@
 """Joint CTC/attention beam search, batched over utterances and hypotheses.
 
 Label-synchronous search as in Watanabe et al. 2017: a partial hypothesis g of L tokens scores
-(1 - w) log P_att(g) + w log psi_ctc(g) + L * length_bonus, a finished one the same with P_att(g, end) and P_ctc(g). In every step the
-`beam` best of all extensions of all live hypotheses survive, end of sentence competing like any token; those that ended leave
-the beam. `speechtx.search.reference` is the same search written plainly, one hypothesis at a time.
+(1 - w) log P_att(g) + w log psi_ctc(g) + L * length_bonus, a finished one the same with P_att(g, end) and P_ctc(g). In every
+step the `beam` best of all extensions of all live hypotheses survive, end of sentence competing like any token; those that
+ended leave the beam. `speechtx.search.reference` is the same search written plainly, one hypothesis at a time.
 
 Tensors hold N = B * beam rows, row i belonging to utterance i // beam. A slot without a live hypothesis scores -inf.
 """
@@ -35,15 +35,23 @@ class _Beam:
 
     def select(self, slots: Tensor) -> _Beam:
         """Keeps slots (B, k) of every utterance."""
-        tokens = self.tokens.gather(1, slots.unsqueeze(2).expand(-1, -1, self.tokens.shape[2]))
-        return _Beam(*(part.gather(1, slots) for part in (self.score, self.att, self.ctc)), tokens, self.lengths.gather(1, slots))
+        return _Beam(
+            score=self.score.gather(1, slots),
+            att=self.att.gather(1, slots),
+            ctc=self.ctc.gather(1, slots),
+            tokens=self.tokens.gather(1, slots.unsqueeze(2).expand(-1, -1, self.tokens.shape[2])),
+            lengths=self.lengths.gather(1, slots),
+        )
 
     def best_of(self, other: _Beam, keep: int) -> _Beam:
         """The `keep` best of both."""
-        parts = (
-            torch.cat([getattr(self, name), getattr(other, name)], dim=1) for name in ("score", "att", "ctc", "tokens", "lengths")
+        both = _Beam(
+            score=torch.cat([self.score, other.score], dim=1),
+            att=torch.cat([self.att, other.att], dim=1),
+            ctc=torch.cat([self.ctc, other.ctc], dim=1),
+            tokens=torch.cat([self.tokens, other.tokens], dim=1),
+            lengths=torch.cat([self.lengths, other.lengths], dim=1),
         )
-        both = _Beam(*parts)
         return both.select(both.score.topk(keep, dim=1).indices)
 
 
@@ -62,9 +70,9 @@ def check_weights(model: Recognizer, config: DecodeConfig) -> None:
 def beam_search(model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig) -> list[list[Hypothesis]]:
     """Searches a batch of encoded utterances.
 
-    The search of an utterance ends when no live hypothesis can still enter its n best, which is exact: CTC prefix and attention
-    scores never rise as a hypothesis grows, and the bonus it may still collect is bounded by the greatest length. The result of an
-    utterance does not depend on the others of its batch.
+    The search ends when no live hypothesis can still enter the n best of its utterance, which is exact: CTC prefix and attention
+    scores never rise as a hypothesis grows, and the bonus it may still collect is bounded by the greatest length. The result of
+    an utterance does not depend on the others of its batch.
 
     Args:
         model: in evaluation mode; `model.decoder` may be None when `config.ctc_weight` is 1.

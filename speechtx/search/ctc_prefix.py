@@ -87,13 +87,10 @@ class CtcPrefixScorer:
         mass = (phi - scale).exp().view(batch, self._beam, frames)
         log_psi = torch.bmm(mass, self._y).view(-1, vocab).log() + scale
         # A repeated label needs a blank in between.
-        last = state.last.clamp(min=0)
-        repeated = torch.logsumexp(state.log_b[:, :-1] + self._labels(last), dim=1)
-        log_psi.scatter_(
-            1,
-            last.unsqueeze(1),
-            torch.where(state.last < 0, log_psi.gather(1, last.unsqueeze(1)).squeeze(1), repeated).unsqueeze(1),
-        )
+        last = state.last.clamp(min=0).unsqueeze(1)
+        repeated = torch.logsumexp(state.log_b[:, :-1] + self._labels(last.squeeze(1)), dim=1, keepdim=True)
+        is_empty = (state.last < 0).unsqueeze(1)
+        log_psi.scatter_(1, last, torch.where(is_empty, log_psi.gather(1, last), repeated))
         log_psi[:, self._blank_id] = -torch.inf
         return log_psi, before[:, -1]
 

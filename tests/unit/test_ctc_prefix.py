@@ -70,7 +70,7 @@ def test_vectorised_scores_equal_the_plain_recursion(seed, frames, labels, sharp
     plain = [ctc_log_prob(log_probs.numpy(), (*labels, c), blank_id=0, prefix=True) for c in range(1, 5)]
     plain_end = ctc_log_prob(log_probs.numpy(), labels, blank_id=0, prefix=False)
     for fast, slow in zip([*psi[1:].tolist(), float(end)], [*plain, plain_end], strict=True):
-        # An impossible label sequence may come out as log 0 or as the floor that stands for it; both lose against anything possible.
+        # An impossible label sequence comes out as log 0 or as the floor that stands for it; both lose against anything possible.
         assert fast == pytest.approx(slow, abs=1e-6) or (slow == -math.inf and fast < -9e3)
 
 
@@ -91,16 +91,15 @@ def test_long_and_very_confident_audio_loses_no_precision():
         )
 
 
-def test_a_longer_prefix_is_never_more_likely():
+def test_a_longer_prefix_is_never_more_likely_and_what_may_follow_sums_to_its_probability():
     log_probs = posteriors(6, 30, 5)
+    labels = (1, 2, 2, 3, 1, 4, 4, 2, 1, 3, 2)
     score = 0.0
-    for length in range(1, 12):
-        psi, end = fast_scores(log_probs, tuple([1, 2, 2, 3, 1, 4, 4, 2, 1, 3, 2][: length - 1]))
+    for length, label in enumerate(labels):
+        psi, end = fast_scores(log_probs, labels[:length])
         assert float(psi.max()) <= score + 1e-9 and float(end) <= score + 1e-9
-        assert float(torch.logsumexp(torch.cat([psi, end.view(1)]), 0)) == pytest.approx(
-            score, abs=1e-9
-        )  # one of them must happen
-        score = float(psi[[1, 2, 2, 3, 1, 4, 4, 2, 1, 3, 2][length - 1]])
+        assert float(torch.logsumexp(torch.cat([psi, end.view(1)]), 0)) == pytest.approx(score, abs=1e-9)
+        score = float(psi[label])
 
 
 def test_padding_and_the_neighbours_in_a_batch_have_no_influence():

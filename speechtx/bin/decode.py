@@ -1,0 +1,80 @@
+"""Recognises a data directory with a trained model, in jobs, and joins what the jobs found.
+
+A job appends to OUT/parts/JOB.jsonl; run again after a kill it continues there. --merge writes OUT/text (Kaldi's format, an empty
+hypothesis is the id alone), OUT/nbest.jsonl and OUT/decode.json (configuration, failed utterances, real-time factor).
+
+example:
+  speechtx decode --exp exp/asr --data data/test --config conf/decode.yaml --out exp/asr/decode_test_decode
+  speechtx decode --exp exp/asr --data data/test --config conf/decode.yaml --out exp/asr/decode_test_decode --job 1 --num-jobs 4
+  speechtx decode --merge --data data/test --out exp/asr/decode_test_decode --num-jobs 4
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `speechtx decode`."""
+    parser.add_argument("--exp", type=Path, help="experiment directory with the model")
+    parser.add_argument("--data", type=Path, required=True, help="data directory with features")
+    parser.add_argument("--out", type=Path, required=True, help="where results go, for example EXP/decode_test_decode")
+    parser.add_argument("--config", type=Path, help="decoding configuration; without it, the defaults")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value")
+    parser.add_argument("--weights", type=Path, help="weights to use (default: EXP/model.pt, the average of stage 5)")
+    parser.add_argument("--job", type=int, metavar="J", help="decode the J-th share only, and leave the merge for later")
+    parser.add_argument("--num-jobs", type=int, default=1, metavar="N", help="number of shares (default 1)")
+    parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="1: decode on a GPU (default 0)")
+    parser.add_argument("--merge", action="store_true", help="only join the parts of N finished jobs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decodes one share, or merges; without --job and --merge, both."""
+    import logging
+
+    from speechtx.config.errors import ConfigError
+    from speechtx.search.decode_dir import decode_job, merge_jobs, share_threads
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.num_jobs < 1:
+        raise ConfigError(f"--num-jobs {args.num_jobs} must be at least 1")
+    if args.job is None and not args.merge and args.num_jobs > 1:
+        raise ConfigError(f"--num-jobs {args.num_jobs} needs --job, or --merge once all jobs are done")
+    if args.merge and args.job is not None:
+        raise ConfigError("--merge and --job exclude each other")
+    if not args.merge:
+        from speechtx.config.load import load_config, parse_config
+        from speechtx.config.schema import DecodeConfig
+        from speechtx.experiment.experiment import Experiment
+        from speechtx.search.decode_dir import choose_device
+
+        if args.exp is None:
+            raise ConfigError("--exp is required to decode")
+        if args.config is not None:
+            config = load_config(args.config, DecodeConfig, args.overrides)
+        else:
+            config = parse_config("", DecodeConfig, args.overrides)
+        share_threads(args.num_jobs)
+        job = args.job or 1
+        results = decode_job(
+            exp=Experiment.open(args.exp),
+            data_dir=args.data,
+            config=config,
+            out_dir=args.out,
+            job=job,
+            num_jobs=args.num_jobs,
+            device=choose_device(args.ngpu, job),
+            weights=args.weights or args.exp / "model.pt",
+        )
+        audio, seconds = sum(r.audio_seconds for r in results), sum(r.decode_seconds for r in results)
+        if results:
+            print(f"job {job}: {len(results)} utterances, {audio:.1f} s of audio in {seconds:.1f} s, RTF {seconds / audio:.4f}")
+    if args.merge or args.job is None:
+        summary = merge_jobs(data_dir=args.data, out_dir=args.out, num_jobs=args.num_jobs)
+        failed = f", {len(summary['failed'])} of them not decoded (see decode.json)" if summary["failed"] else ""
+        rtf = f"{summary['rtf']:.4f}" if summary["rtf"] is not None else "undefined"
+        print(
+            f"{args.out}/text: {summary['num_utts']} utterances{failed}; RTF {rtf} (summed over jobs), {summary['wall_seconds']:.1f} s wall"
+        )
+    return 0

@@ -1,0 +1,196 @@
+"""The files of a decoding in several jobs: one part a job that survives a kill, and what is made of all parts.
+
+`parts/J.jsonl` begins with one line that says what is being decoded with what; then follows one line an utterance as soon as it is
+decoded. A job that starts again keeps the lines of a part that says the same, and decodes what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from speechtx.config.atomic import replacing
+from speechtx.config.errors import DataError
+from speechtx.search.hypothesis import Hypothesis
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """What must be equal for two jobs' results to belong to one decoding."""
+
+    weights: str  # file name
+    weights_sha256: str
+    config: dict[str, Any]  # DecodeConfig
+    feats_sha256: str  # of the data directory's feats.scp
+    num_jobs: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One utterance's result; `error` says why there is none."""
+
+    utt: str
+    nbest: list[Hypothesis]
+    audio_seconds: float
+    decode_seconds: float
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.nbest[0].text if self.nbest else ""
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {"utt": self.utt, "nbest": [h.to_json() for h in self.nbest], "error": self.error}
+        return {**fields, "audio_seconds": round(self.audio_seconds, 3), "decode_seconds": round(self.decode_seconds, 6)}
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Decoded:
+        return Decoded(**{**fields, "nbest": [Hypothesis.from_json(h) for h in fields["nbest"]]})
+
+
+class PartWriter:
+    """Appends results to one part, continuing it where it was left."""
+
+    def __init__(self, path: Path, *, key: RunKey, device: str, threads: int) -> None:
+        """Opens a part; a part of another decoding, or none, is begun anew. `done` then holds the utterances that need no work."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = read_part(path) if path.is_file() else None
+        self.done: set[str] = set()
+        if found is not None and found.key == key:
+            self.done = {result.utt for result in found.results}
+            os.truncate(path, found.num_bytes)  # a line that a kill broke off
+        else:
+            header = {"key": asdict(key), "device": device, "threads": threads}
+            with replacing(path) as stream:
+                stream.write(json.dumps(header) + "\n")
+        self._stream = path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, results: Sequence[Decoded]) -> None:
+        """Appends results so that they survive whatever happens to this process or machine next."""
+        self._stream.writelines(json.dumps(result.to_json(), ensure_ascii=False) + "\n" for result in results)
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self.done.update(result.utt for result in results)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part as it was read: `num_bytes` of it are whole lines."""
+
+    key: RunKey
+    device: str
+    threads: int
+    results: list[Decoded]
+    num_bytes: int
+
+
+def read_part(path: Path) -> Part | None:
+    """Reads a part up to the last whole line; None if not even its first line is whole and ours.
+
+    Raises:
+        DataError: a whole line in the middle is not what `PartWriter` writes.
+    """
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")[:-1]
+    try:
+        header = json.loads(lines[0])
+        part = Part(RunKey(**header["key"]), header["device"], header["threads"], [], len(whole))
+    except (IndexError, ValueError, KeyError, TypeError):
+        return None
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            part.results.append(Decoded.from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}:{number}: not a result of `speechtx decode`; delete the file and decode again") from None
+    return part
+
+
+def read_parts(out_dir: Path, num_jobs: int) -> list[Part]:
+    """Reads the parts of all jobs.
+
+    Raises:
+        DataError: a part is missing, or parts come from different decodings.
+    """
+    parts = []
+    for job in range(1, num_jobs + 1):
+        path = out_dir / "parts" / f"{job}.jsonl"
+        part = read_part(path) if path.is_file() else None
+        if part is None:
+            raise DataError(f"{path}: missing; job {job} of {num_jobs} has not run (its log is {out_dir}/log/decode.{job}.log)")
+        if part.key.num_jobs != num_jobs:
+            raise DataError(f"{path}: made by a decoding in {part.key.num_jobs} jobs, not {num_jobs}; decode again")
+        if parts and part.key != parts[0].key:
+            ours, first = asdict(part.key), asdict(parts[0].key)
+            names = ", ".join(name for name in ours if ours[name] != first[name])
+            raise DataError(f"{path}: differs from {out_dir}/parts/1.jsonl in {names}; run job {job} again")
+        parts.append(part)
+    return parts
+
+
+def merge_parts(out_dir: Path, *, parts: Sequence[Part], expected: Sequence[str], data_dir: str) -> dict[str, Any]:
+    """Joins parts to `text`, `nbest.jsonl` and `decode.json`, sorted by utterance id in C order.
+
+    Args:
+        out_dir: where the three files go.
+        parts: of all jobs.
+        expected: the data directory's utterances that have features; each must have been decoded exactly once.
+        data_dir: named in decode.json and in errors.
+
+    Returns:
+        What was written to decode.json.
+
+    Raises:
+        DataError: utterances are missing, unknown, or decoded twice.
+    """
+    results = sorted((result for part in parts for result in part.results), key=lambda r: r.utt.encode())
+    _require_each_once([result.utt for result in results], expected, out_dir, data_dir)
+    audio = sum(result.audio_seconds for result in results)
+    seconds = sum(result.decode_seconds for result in results)
+    summary = {
+        "data": data_dir,
+        "weights": parts[0].key.weights,
+        "weights_sha256": parts[0].key.weights_sha256,
+        "config": parts[0].key.config,
+        "num_utts": len(results),
+        "failed": {result.utt: result.error for result in results if result.error},
+        "audio_seconds": round(audio, 3),
+        "decode_seconds": round(seconds, 3),  # summed over jobs: reading features, encoder, search; not loading the model
+        "rtf": round(seconds / audio, 6) if audio else None,
+        "wall_seconds": round(max(sum(result.decode_seconds for result in part.results) for part in parts), 3),  # the longest job
+        "num_jobs": len(parts),
+        "device": parts[0].device,
+        "threads": parts[0].threads,  # of each job
+    }
+    with replacing(out_dir / "text") as stream:
+        stream.writelines(f"{result.utt} {result.text}".rstrip(" ") + "\n" for result in results)
+    with replacing(out_dir / "nbest.jsonl") as stream:
+        for result in results:
+            line = {"utt": result.utt, "nbest": [h.to_json() for h in result.nbest], "error": result.error}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with replacing(out_dir / "decode.json") as stream:
+        stream.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _require_each_once(decoded: Sequence[str], expected: Sequence[str], out_dir: Path, data_dir: str) -> None:
+    seen, wanted = set(decoded), set(expected)
+    twice = sorted({utt for i, utt in enumerate(decoded) if i and decoded[i - 1] == utt})
+    for problem, utts in (
+        ("were not decoded", wanted - seen),
+        ("are not in the data", seen - wanted),
+        ("were decoded twice", twice),
+    ):
+        if utts:
+            names = ", ".join(sorted(utts)[:5]) + (" ..." if len(utts) > 5 else "")
+            raise DataError(
+                f"{out_dir}/parts: {len(utts)} utterance(s) {problem} ({data_dir}/feats.scp): {names}; run the decode jobs again"
+            )
