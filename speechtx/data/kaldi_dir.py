@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ __all__ = [
     "read_segments",
     "read_table",
     "read_utt2spk",
+    "restrict",
     "spk2utt_of",
     "validate_data_dir",
     "write_data_dir",
@@ -51,6 +52,19 @@ def spk2utt_of(utt2spk: Mapping[str, str]) -> dict[str, str]:
     for utt in sorted(utt2spk):
         utterances.setdefault(utt2spk[utt], []).append(utt)
     return {speaker: " ".join(utts) for speaker, utts in sorted(utterances.items())}
+
+
+def restrict(tables: Mapping[str, Mapping[str, str]], utterances: Set[str]) -> Tables:
+    """Keeps some utterances, the recordings they are cut from and the speakers who said them."""
+    speakers = {tables["utt2spk"][utt] for utt in utterances}
+    segments = tables.get("segments")
+    recordings: Set[str] = utterances
+    if segments is not None:
+        recordings = {segments[utt].split(" ", 1)[0] for utt in utterances if utt in segments}
+    keep: dict[str, Set[str]] = {"utterance": utterances, "recording": recordings, "speaker": speakers}
+    return {
+        name: {key: value for key, value in values.items() if key in keep[TABLES[name].keys]} for name, values in tables.items()
+    }
 
 
 def read_data_dir(path: str | Path) -> Tables:

@@ -184,8 +184,8 @@ def write_table(path: str | Path, values: Mapping[str, str]) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as out:
-            out.writelines(f"{key} {values[key]}\n" if values[key] else f"{key}\n" for key in sorted(values))
+        with temporary.open("wb") as out:
+            out.write(format_table(values))
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, path)
@@ -193,6 +193,11 @@ def write_table(path: str | Path, values: Mapping[str, str]) -> None:
         raise DataError(f"{path}: cannot be written: {err.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def format_table(values: Mapping[str, str]) -> bytes:
+    """The bytes of a table: sorted by key in C order, UTF-8, LF."""
+    return "".join(f"{key} {values[key]}\n" if values[key] else f"{key}\n" for key in sorted(values)).encode()
 
 
 def is_valid_id(identifier: str) -> bool:
