@@ -74,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
         summary = merge_jobs(data_dir=args.data, out_dir=args.out, num_jobs=args.num_jobs)
         failed = f", {len(summary['failed'])} of them not decoded (see decode.json)" if summary["failed"] else ""
         rtf = f"{summary['rtf']:.4f}" if summary["rtf"] is not None else "undefined"
-        print(
-            f"{args.out}/text: {summary['num_utts']} utterances{failed}; RTF {rtf} (summed over jobs), {summary['wall_seconds']:.1f} s wall"
-        )
+        print(f"{args.out}/text: {summary['num_utts']} utterances{failed}")
+        print(f"RTF {rtf} (decoding time of all jobs / audio), {summary['wall_seconds']:.1f} s for the longest job")
     return 0

@@ -1,8 +1,8 @@
 """Recognises audio files with a trained model and prints one line a file: the file, a tab, the text.
 
-With --json, one JSON object a file: its n best hypotheses, each with text, tokens, score and the parts of the score. Files at another
-sample rate than the model's are resampled, and a note on stderr says so. A file that cannot be used is named on stderr, the others
-are done, and the exit status is 1.
+With --json, one JSON object a file: its n best hypotheses, each with text, tokens, score and the parts of the score. Files at
+another sample rate than the model's are resampled, and a note on stderr says so. A file that cannot be used is named on stderr,
+the others are done, and the exit status is 1.
 
 example:
   speechtx transcribe exp/asr a.wav b.flac

@@ -24,7 +24,7 @@ def decode_batch(model: Recognizer, feats: Tensor, feat_lens: Tensor, config: De
         config: `conf/decode.yaml`.
 
     Returns:
-        For every utterance its n best without text, best first (greedy: one); an empty list where the model's output is not finite.
+        For every utterance its n best without text, best first (greedy: one); none where the model's output is not finite.
 
     Raises:
         ConfigError: the model has no decoder, and the search needs one.

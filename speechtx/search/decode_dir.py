@@ -89,7 +89,7 @@ def decode_job(
 
 
 def merge_jobs(*, data_dir: Path, out_dir: Path, num_jobs: int) -> dict[str, Any]:
-    """Joins the jobs' parts; see `parts.merge_parts`. Utterances whose features are missing are named and get an empty hypothesis.
+    """Joins the jobs' parts; see `parts.merge_parts`. Utterances without features are named and get an empty hypothesis.
 
     Raises:
         DataError: a job has not run, or an utterance of the data directory was not decoded exactly once.

@@ -1,7 +1,7 @@
 """The files of a decoding in several jobs: one part a job that survives a kill, and what is made of all parts.
 
-`parts/J.jsonl` begins with one line that says what is being decoded with what; then follows one line an utterance as soon as it is
-decoded. A job that starts again keeps the lines of a part that says the same, and decodes what is missing.
+`parts/J.jsonl` begins with one line that says what is being decoded with what; then follows one line an utterance as soon as
+it is decoded. A job that starts again keeps the lines of a part that says the same, and decodes what is missing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PartWriter:
     """Appends results to one part, continuing it where it was left."""
 
     def __init__(self, path: Path, *, key: RunKey, device: str, threads: int) -> None:
-        """Opens a part; a part of another decoding, or none, is begun anew. `done` then holds the utterances that need no work."""
+        """Continues a part, or begins one anew if it is another decoding's; `done` holds the utterances that need no work."""
         path.parent.mkdir(parents=True, exist_ok=True)
         found = read_part(path) if path.is_file() else None
         self.done: set[str] = set()
@@ -120,7 +120,7 @@ def read_parts(out_dir: Path, num_jobs: int) -> list[Part]:
     Raises:
         DataError: a part is missing, or parts come from different decodings.
     """
-    parts = []
+    parts: list[Part] = []
     for job in range(1, num_jobs + 1):
         path = out_dir / "parts" / f"{job}.jsonl"
         part = read_part(path) if path.is_file() else None
