@@ -39,7 +39,7 @@ def attend_eager(
 
 
 def attention_weights(q: Tensor, k: Tensor, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) as float32 (float64 for float64 input), shape (B, H, U, T); rows without any key are zero."""
+    """softmax(q k^T / sqrt(d) + bias) (B, H, U, T), at least float32; rows without any key are zero."""
     precise = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(precise) * q.shape[-1] ** -0.5) @ k.to(precise).transpose(-2, -1)
     if bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class DecoderState:
         return DecoderState(self.position, own, self.cross, self.cross_bias)
 
     def keep(self, utterances: Tensor) -> DecoderState:
-        """The state of some of the utterances (int64 indices into B), each with all its hypotheses; for dropping finished ones."""
+        """The state of some utterances (int64 indices into B), each with all its hypotheses; for dropping finished ones."""
         batch = self.cross[0][0].shape[0]
         own = tuple(
             (k.unflatten(0, (batch, -1))[utterances].flatten(0, 1), v.unflatten(0, (batch, -1))[utterances].flatten(0, 1))
@@ -127,7 +128,8 @@ class Decoder(nn.Module):
         if beam < 1:
             raise ValueError(f"beam {beam} must be at least 1")
         bias = padding_bias(length_mask(enc_lens, enc_out.shape[1]), dtype=compute_dtype(enc_out))
-        return DecoderState(0, (), tuple(layer.cross.project(enc_out) for layer in self.layers), bias)
+        cross = tuple(cast(DecoderLayer, layer).cross.project(enc_out) for layer in self.layers)
+        return DecoderState(0, (), cross, bias)
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Feeds one token to each hypothesis; dropout must be off (eval mode).
@@ -142,7 +144,9 @@ class Decoder(nn.Module):
         x = self.position(self.embedding(tokens).unsqueeze(1), start=state.position)
         own: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
-            x, cache = layer.step(x, state.own[index] if state.own else None, state.cross[index], state.cross_bias)
+            x, cache = cast(DecoderLayer, layer).step(
+                x, state.own[index] if state.own else None, state.cross[index], state.cross_bias
+            )
             own.append(cache)
         log_probs = F.log_softmax(self.output(self.norm(x)).squeeze(1).float(), dim=-1)
         return log_probs, DecoderState(state.position + 1, tuple(own), state.cross, state.cross_bias)

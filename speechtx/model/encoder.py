@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.attention.multihead import SelfAttention
 from speechtx.attention.penalty import build_bias
 from speechtx.config.schema import EncoderConfig, PenaltyConfig
+from speechtx.model.convolution import ConvolutionModule
 from speechtx.model.position import SinusoidalPosition
 from speechtx.model.subsampling import Subsampling, subsampled_length
 
@@ -64,42 +64,20 @@ class TransformerEncoderLayer(nn.Module):
         return x + self.dropout(self.ff(self.norm_ff(x)))
 
 
-class ConvolutionModule(nn.Module):
-    """Conformer's convolution (Gulati et al. 2020, section 2.2): pointwise, GLU, depthwise over time, norm, swish, pointwise.
-
-    The norm is a LayerNorm, not the paper's BatchNorm: the output then depends on neither the other utterances of the batch nor
-    their padding, and there are no running statistics that accumulation, several processes and resuming would have to agree on.
-    """
-
-    def __init__(self, *, dim: int, kernel: int) -> None:
-        super().__init__()
-        self.pointwise_in = nn.Linear(dim, 2 * dim)
-        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-        self.norm = nn.LayerNorm(dim)
-        self.pointwise_out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
-        """x (B, S, D), mask (B, S) -> (B, S, D); padded frames enter the convolution as zeros, like those outside the batch."""
-        x = F.glu(self.pointwise_in(x), dim=-1).masked_fill(~mask.unsqueeze(-1), 0.0)
-        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        return self.pointwise_out(F.silu(self.norm(x)))
-
-
 class ConformerEncoderLayer(nn.Module):
-    """Half-step feed-forward, self-attention, convolution, half-step feed-forward, final norm (Gulati et al. 2020, section 2.4)."""
+    """Half-step feed-forward, self-attention, convolution, half-step feed-forward, norm (Gulati et al. 2020, section 2.4)."""
 
     def __init__(self, *, config: EncoderConfig) -> None:
         super().__init__()
         dim = config.dim
-        ff = {"dim": dim, "ff_dim": config.ff_dim, "dropout": config.dropout, "activation": "silu"}
         self.norm_ff_in = nn.LayerNorm(dim)
-        self.ff_in = FeedForward(**ff)
+        self.ff_in = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout, activation="silu")
         self.norm_attn = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
         self.norm_conv = nn.LayerNorm(dim)
         self.conv = ConvolutionModule(dim=dim, kernel=config.conv_kernel)
         self.norm_ff_out = nn.LayerNorm(dim)
-        self.ff_out = FeedForward(**ff)
+        self.ff_out = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout, activation="silu")
         self.norm_final = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class Losses:
         ctc: negative log-likelihood in nats, detached.
         att: label-smoothed cross entropy in nats, detached; 0 without a decoder.
         num_tokens: int64, tokens plus one end of sentence per utterance.
-        num_correct: int64, end of sentence included: argmax of the decoder, given the right prefix, is right; 0 without a decoder.
+        num_correct: int64, of num_tokens, how many the decoder's argmax gets right given the right prefix; 0 without a decoder.
     """
 
     total: Tensor
@@ -33,7 +34,7 @@ class Losses:
 
 def ctc_min_frames(tokens: Sequence[int]) -> int:
     """The least number of encoder frames CTC can emit `tokens` in: one each, plus a blank between equal neighbours."""
-    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+    return len(tokens) + sum(left == right for left, right in pairwise(tokens))
 
 
 def ctc_loss(log_probs: Tensor, enc_lens: Tensor, tokens: Tensor, token_lens: Tensor, *, blank_id: int) -> Tensor:
