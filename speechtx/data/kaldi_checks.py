@@ -126,10 +126,11 @@ def _check_required(path: Path, tables: Mapping[str, Table], findings: Findings,
 def _check_keys(table: Table, wanted: Table, findings: Findings, *, partial: bool = False, what: str, subject: str) -> None:
     """Reports keys that `wanted` has and `table` lacks (unless `partial`), and keys that only `table` has."""
     name, source = table.path.name, wanted.path.name
+    remedy = "run `speechtx cmvn` again" if name == "cmvn.scp" else f"add it there, or {FIX}"
     if not partial:
         for key, line in wanted.lines.items():
             if key not in table.values:
-                findings.add(f"not in {name}", wanted.path, line, f"{what} {key} is not in {name}; add it there, or {FIX}")
+                findings.add(f"not in {name}", wanted.path, line, f"{what} {key} is not in {name}; {remedy}")
     for key, line in table.lines.items():
         if key not in wanted.values:
             findings.add(f"not in {source}", table.path, line, f"{subject} {key} is not in {source}; add it there, or {FIX}")
