@@ -68,24 +68,22 @@ class FeatureReader:
             if data_dir is None:
                 raise DataError("features.cmvn is speaker, but no data directory with cmvn.scp was given")
             for speaker, location in read_scp(data_dir / "cmvn.scp").items():
-                self.speaker_cmvn[speaker] = CmvnStats.from_matrix(read_matrix(location))
+                self.speaker_cmvn[speaker] = CmvnStats.from_matrix(read_matrix(location, dtype=np.float64, key=speaker))
 
     def __call__(self, utterance: Utterance) -> np.ndarray:
         """Returns normalised features (T, F), float32.
 
         Raises:
-            DataError: unreadable features, another width, a length other than utt2num_frames says, NaN or infinity.
+            DataError: unreadable or non-finite features, another width, or a length other than utt2num_frames says.
         """
-        feats = read_matrix(utterance.feats)
         where = f"utterance {utterance.id} ({utterance.feats})"
+        feats = read_matrix(utterance.feats, key=utterance.id)
         if feats.ndim != 2 or feats.shape[1] != self.num_mel_bins:
             raise DataError(f"{where}: features have shape {feats.shape}, the model expects (frames, {self.num_mel_bins})")
         if feats.shape[0] != utterance.num_frames:
             raise DataError(f"{where}: {feats.shape[0]} frames, but utt2num_frames says {utterance.num_frames}; run stage fbank again")
-        if not np.isfinite(feats).all():
-            raise DataError(f"{where}: features hold NaN or infinity; run stage fbank again")
         stats = self._stats(utterance, feats)
-        return feats.astype(np.float32) if stats is None else apply_cmvn(feats, stats, norm_vars=self.config.norm_vars)
+        return feats if stats is None else apply_cmvn(feats, stats, norm_vars=self.config.norm_vars)
 
     def _stats(self, utterance: Utterance, feats: np.ndarray) -> CmvnStats | None:
         if self.config.cmvn == "none":

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from speechtx.config.errors import ExperimentError
 from speechtx.config.load import load_config
 from speechtx.config.schema import FbankConfig, TrainConfig
-from speechtx.data.ark import read_matrix
+from speechtx.data.ark import read_ark
 from speechtx.frontend.cmvn import CmvnStats
 from speechtx.model.recognizer import Recognizer
 from speechtx.text.tokenizer import Tokenizer
@@ -56,7 +57,10 @@ class Experiment:
         path = self.path / "global_cmvn.ark"
         if not path.is_file():
             raise ExperimentError(f"{path}: missing, and the model was trained with global CMVN")
-        return CmvnStats.from_matrix(read_matrix(str(path)))
+        matrices = dict(read_ark(path, dtype=np.float64))
+        if list(matrices) != ["global"]:
+            raise ExperimentError(f"{path}: expected one matrix with key `global`, found {list(matrices)}")
+        return CmvnStats.from_matrix(matrices["global"])
 
     def new_model(self) -> Recognizer:
         """The model with fresh random weights."""

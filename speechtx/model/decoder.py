@@ -13,6 +13,7 @@ from speechtx.attention.kernels import attend
 from speechtx.attention.multihead import CrossAttention, SelfAttention, join_heads
 from speechtx.attention.penalty import padding_bias
 from speechtx.config.schema import DecoderConfig
+from speechtx.model.dropout import Dropout
 from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
 from speechtx.model.position import SinusoidalPosition
 
@@ -67,7 +68,7 @@ class DecoderLayer(nn.Module):
         self.cross = CrossAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
         self.norm_ff = nn.LayerNorm(dim)
         self.ff = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, enc_out: Tensor, *, cross_bias: Tensor | None) -> Tensor:
         """x (B, U, D), enc_out (B, S, D) -> (B, U, D)"""

@@ -9,6 +9,7 @@ from speechtx.attention.multihead import SelfAttention
 from speechtx.attention.penalty import build_bias
 from speechtx.config.schema import EncoderConfig, PenaltyConfig
 from speechtx.model.convolution import ConvolutionModule
+from speechtx.model.dropout import Dropout
 from speechtx.model.position import SinusoidalPosition
 from speechtx.model.subsampling import Subsampling, subsampled_length
 
@@ -39,7 +40,7 @@ class FeedForward(nn.Module):
         self.inner = nn.Linear(dim, ff_dim)
         self.outer = nn.Linear(ff_dim, dim)
         self.activation: nn.Module = {"relu": nn.ReLU(), "silu": nn.SiLU()}[activation]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
@@ -56,7 +57,7 @@ class TransformerEncoderLayer(nn.Module):
         self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
         self.norm_ff = nn.LayerNorm(dim)
         self.ff = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, *, bias: Tensor | None, mask: Tensor) -> Tensor:
         """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""
@@ -79,7 +80,7 @@ class ConformerEncoderLayer(nn.Module):
         self.norm_ff_out = nn.LayerNorm(dim)
         self.ff_out = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout, activation="silu")
         self.norm_final = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, *, bias: Tensor | None, mask: Tensor) -> Tensor:
         """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""

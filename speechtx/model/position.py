@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from speechtx.model.dropout import Dropout
+
 
 def sinusoids(length: int, dim: int) -> Tensor:
     """(length, dim) float32: sin and cos interleaved, wavelengths from 2 pi to 10000 * 2 pi in geometric steps."""
@@ -30,7 +32,7 @@ class SinusoidalPosition(nn.Module):
     def __init__(self, *, dim: int, dropout: float) -> None:
         super().__init__()
         self.dim = dim
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self._table: Tensor | None = None
 
     def forward(self, x: Tensor, *, start: int = 0) -> Tensor:

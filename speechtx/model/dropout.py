@@ -1,0 +1,39 @@
+"""Dropout whose random bits cost little on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEVELS = 2**16  # a probability is rounded to a multiple of 1/65536
+
+
+class Dropout(nn.Module):
+    """Inverted dropout (Srivastava et al. 2014), the same distribution as nn.Dropout.
+
+    PyTorch draws one Bernoulli number at a time on a CPU, which took a fifth of a training step here; this draws four 16-bit
+    numbers out of each random 64-bit word instead. On other devices it is PyTorch's own kernel.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        return dropout_cpu(x, self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def dropout_cpu(x: Tensor, p: float) -> Tensor:
+    """Zeroes each value with probability p (to 1/65536) and scales the others by 1 / (1 - p); seeded by torch.manual_seed."""
+    dropped = round(p * LEVELS)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    levels = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -32768 .. 32767
+    return torch.where(levels >= dropped - LEVELS // 2, x * (LEVELS / (LEVELS - dropped)), 0.0)
