@@ -48,10 +48,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.merge:
         result = merge_shards(args.data, config=config, num_jobs=args.num_jobs)
+        minutes = result.seconds / 60
         lost = f", {len(result.skipped)} skipped ({args.data}/fbank/skipped.txt)" if result.skipped else ""
-        print(
-            f"{args.data}: {result.utterances} of {result.total} utterances, {result.seconds / 60:.1f} min, {result.frames} frames{lost}"
-        )
+        print(f"{args.data}: {result.utterances} of {result.total} utterances, {minutes:.1f} min, {result.frames} frames{lost}")
         return 0
     started = time.monotonic()
     directory = args.data / "fbank"

@@ -48,13 +48,13 @@ class ArkWriter:
     def __init__(
         self, *, ark: str | Path, scp: str | Path | None = None, compress: bool = False, backend: Backend = "kaldiio"
     ) -> None:
+        _require_plain(str(ark))
         self._ark = Path(os.path.abspath(ark))
         self._scp = scp
         self._compress = compress
         self._backend = backend
         self._keys: set[str] = set()
         self._stack = contextlib.ExitStack()
-        _require_plain(str(self._ark))
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -107,11 +107,10 @@ def read_matrix(location: str, *, backend: Backend = "kaldiio") -> np.ndarray:
     path, offset = _split_location(location)
     try:
         with open(path, "rb") as stream:
-            if offset is None:
-                if stream.read(2) != _BINARY:
-                    stream.seek(0)
-                    _read_key(stream, path)
-                    offset = stream.tell()
+            if offset is None and stream.read(2) != _BINARY:
+                stream.seek(0)
+                _read_key(stream, path)
+                offset = stream.tell()
             stream.seek(offset or 0)
             return _read_entry(stream, path, backend, location)
     except OSError as err:

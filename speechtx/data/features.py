@@ -1,7 +1,8 @@
 """Stage 2 for one data directory: features of its utterances in shards, the shards joined, statistics for normalisation.
 
-Shard J of N writes `feats.J.ark`, `feats.J.scp`, `feats.J.lengths` (utterance, frames, seconds), `feats.J.skipped` (utterance, why) and,
-while it runs, `feats.J.progress` (utterances done, utterances in all, seconds of audio). Joining turns them into the directory's tables.
+Shard J of N writes `feats.J.ark`, `feats.J.scp`, `feats.J.lengths` (utterance, frames, seconds), `feats.J.skipped` (utterance,
+why) and, while it runs, `feats.J.progress` (utterances done, utterances in all, seconds of audio). Joining turns them into the
+directory's tables.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def read_sources(data_dir: str | Path, *, allow_pipes: bool = False) -> list[Sou
     """Utterances of a data directory in C order, from wav.scp, segments and utt2speed.
 
     Raises:
-        DataError: a table is missing or malformed, a segment's recording is unknown, a speed is no positive number, or wav.scp holds
-            a command that may not run.
+        DataError: a table is missing or malformed, a segment's recording is unknown, a speed is no number, or wav.scp holds a
+            command that may not run.
     """
     data_dir = Path(data_dir)
     wavs = read_table(data_dir / "wav.scp")
@@ -163,8 +164,8 @@ def merge_shards(data_dir: str | Path, *, config: FbankConfig, num_jobs: int) ->
     other tables stay as they were.
 
     Raises:
-        DataError: a shard is missing or incomplete, or less than `MIN_EXTRACTED` of the utterances have features; then none of the
-            directory's tables is written.
+        DataError: a shard is missing or incomplete, or less than `MIN_EXTRACTED` of the utterances have features; then none of
+            the directory's tables is written.
     """
     data_dir = Path(data_dir)
     parts = [data_dir / "fbank" / f"feats.{job}.scp" for job in range(1, num_jobs + 1)]
@@ -245,8 +246,8 @@ def _finite_feats(fbank: Fbank, samples: np.ndarray, audio: str) -> np.ndarray:
 def _too_few(data_dir: Path, extracted: int, wanted: int, skipped: dict[str, str]) -> str:
     first = "".join(f"\n  {utterance}: {cause}" for utterance, cause in list(skipped.items())[:5])
     return (
-        f"{data_dir}: features of only {extracted} of {wanted} utterances, less than {MIN_EXTRACTED:.0%}; all that were skipped are in "
-        f"{data_dir}/fbank/skipped.txt, the first:{first}\nRepair the recordings, or remove these utterances from {data_dir}"
+        f"{data_dir}: features of only {extracted} of {wanted} utterances, less than {MIN_EXTRACTED:.0%}; all that were skipped "
+        f"are in {data_dir}/fbank/skipped.txt, the first:{first}\nRepair the recordings, or remove these utterances"
     )
 
 

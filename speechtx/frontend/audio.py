@@ -15,8 +15,8 @@ import numpy as np
 from speechtx.config.errors import AudioError
 from speechtx.frontend.perturb import change_speed
 
-# A segment may end this many seconds after its recording does (rounding in transcripts): it is cut there. Kaldi's extract-segments
-# allows the same.
+# A segment may end this many seconds after its recording does (rounding in transcripts): it is cut there, as Kaldi's
+# extract-segments does.
 MAX_OVERSHOOT = 0.5
 # Programs that write WAV to a pipe cannot know its length and put a huge number; from here on it means "to the end".
 _STREAMED_SIZE = 0x7FFFF000
