@@ -21,7 +21,10 @@ from speechtx.config.errors import SpeechtxError
 VERBS: tuple[tuple[str, dict[str, str]], ...] = (
     ("stage 0, before anything runs", {"check": "find now what would otherwise fail an hour later"}),
     ("stage 1, data directories", {"data": "validate, fix, subset, combine, split, copy, perturb-speed"}),
-    ("stage 2, features", {"fbank": "compute filterbank features", "cmvn": "mean and variance statistics, global and per speaker"}),
+    (
+        "stage 2, features",
+        {"fbank": "compute filterbank features", "cmvn": "mean and variance statistics, global and per speaker"},
+    ),
     ("stage 3, tokens", {"tokenizer": "train the sentencepiece model"}),
     ("stage 4, training", {"train": "train a model, or continue where it was stopped"}),
     ("stage 5, averaging", {"average": "average the best epochs' weights into model.pt"}),
@@ -35,7 +38,11 @@ VERBS: tuple[tuple[str, dict[str, str]], ...] = (
 def help_text() -> str:
     """The answer to `speechtx --help`: every verb with one line, grouped by stage."""
     width = max(len(verb) for _, verbs in VERBS for verb in verbs)
-    lines = ["usage: speechtx VERB [options]", "", "Recipes for end-to-end speech recognition. `speechtx VERB --help` teaches each verb."]
+    lines = [
+        "usage: speechtx VERB [options]",
+        "",
+        "Recipes for end-to-end speech recognition. `speechtx VERB --help` teaches each verb.",
+    ]
     for heading, verbs in VERBS:
         lines += ["", f"{heading}:"] + [f"  {verb:<{width}}  {summary}" for verb, summary in verbs.items()]
     return "\n".join([*lines, "", "  --version  print the version", "  --help     print this"])

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# mini: a synthetic corpus that is made on the spot (eSpeak NG: spelled names, digits, dates, commands), from nothing to RESULTS.md in
+# minutes on two processor cores. It shows that everything works; its scores say nothing about real speech.
+#
+# Usage: ./run.sh [options]
+#  e.g.: ./run.sh --stage fbank --stop-stage train --ngpu 1
+#
+#   --stage STAGE          first stage, number or name: 0 check, 1 data, 2 fbank, 3 bpe, 4 train, 5 average, 6 decode, 7 score
+#   --stop-stage STAGE     last stage (default 7)
+#   --smoke                a corpus of 160 utterances, to test the recipe itself
+#   --force                run the selected stages even if nothing changed since they finished
+#   --restart              train from nothing; the earlier experiment of that name is kept as exp/NAME.old-1
+#   --nj N                 parallel jobs (default: the number of processors)
+#   --ngpu N               GPUs to train on (default 0)
+#   --seed N               of the weights and of the order of the data (default 1)
+#   --set KEY=VALUE        overrides one value of the training configuration, as in model.encoder.layers=6; may be repeated
+#   --train-config FILE    default conf/train.yaml
+#   --decode-config FILE   default conf/decode.yaml
+#   --exp DIR              experiment directory (default: exp/ and a name made of the configuration, --set and --seed)
+#   --speeds F,F,...       train on copies of the training set at these speeds, as in 0.9,1.0,1.1
+#
+# Stages that are finished and whose inputs did not change are skipped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+stage=0 stop_stage=7 force=false restart=false nj=$(nproc) ngpu=0 seed=1 set=() exp='' speeds='' smoke=false
+train_config=conf/train.yaml decode_config=conf/decode.yaml fbank_config=conf/fbank.yaml
+train_set=train dev_set=dev test_sets=(test)
+
+source ./path.sh
+source ./cmd.sh
+source utils/parse_options.sh
+source utils/stages.sh
+start_recipe "$@"
+
+if begin_stage 0 "configuration, model, tools, disk, paths"; then
+  utils/steps/check.sh "${check_options[@]}" --corpus-gib 0.3
+fi
+
+if begin_stage 1 "data directories ${corpus_sets[*]}" --value "smoke=$smoke"; then
+  if $smoke; then local/data.sh --nj "$nj" --smoke; else local/data.sh --nj "$nj"; fi
+  for name in "${corpus_sets[@]}"; do speechtx data validate "data/$name"; done
+  end_stage
+fi
+
+if begin_stage 2 "filterbank features and CMVN of ${all_sets[*]}"; then
+  if [[ -n $speeds ]]; then speechtx data perturb-speed --speeds "$speeds" "data/${corpus_sets[0]}" "data/$train_set"; fi
+  for name in "${all_sets[@]}"; do
+    utils/steps/fbank.sh --cmd "$cmd" --nj "$nj" --config "$fbank_config" "data/$name"
+  done
+  end_stage
+fi
+
+if begin_stage 3 "tokenizer in $tokenizer"; then
+  utils/steps/bpe.sh --config "$train_config" "${overrides[@]}" "data/$train_set" "$tokenizer"
+  end_stage
+fi
+
+if begin_stage 4 "training in $exp"; then
+  if [[ $stage_state == changed ]]; then restart=true; fi # other data or another model: not to be continued
+  utils/steps/train.sh --config "$train_config" "${overrides[@]}" --seed "$seed" --ngpu "$ngpu" --restart=$restart \
+    "data/$train_set" "data/$dev_set" "$tokenizer" "$exp"
+  end_stage
+fi
+
+if begin_stage 5 "averaging, training curves"; then
+  utils/steps/average.sh "$exp"
+  end_stage
+fi
+
+if begin_stage 6 "recognising $dev_set ${test_sets[*]}"; then
+  for name in "$dev_set" "${test_sets[@]}"; do
+    utils/steps/decode.sh --cmd "$cmd" --nj "$decode_nj" --ngpu "$((ngpu > 0))" --config "$decode_config" \
+      "$exp" "data/$name" "$(decode_dir "$name")"
+  done
+  end_stage
+fi
+
+if begin_stage 7 "scoring with sclite"; then
+  for name in "$dev_set" "${test_sets[@]}"; do
+    utils/steps/score.sh "$exp" "data/$name" "$(decode_dir "$name")"
+  done
+  end_stage
+fi
+
+end_recipe

@@ -1,0 +1,266 @@
+"""Finds in seconds what would otherwise fail an hour later (stage 0); needs no data.
+
+Loads every YAML of the run, builds the model without memory, and looks at tools, Python packages, disk, GPUs, paths and
+jobs. Prints one line a check; the exit status is 1 if there is any problem.
+
+example: speechtx check --config conf/train.yaml --fbank-config conf/fbank.yaml --decode-config conf/decode.yaml --exp exp/train
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speechtx.config.errors import SpeechtxError
+
+if TYPE_CHECKING:
+    from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
+
+GIB = 1 << 30
+PACKAGES = ("kaldiio", "kaldi_native_fbank", "sentencepiece", "soundfile", "soxr", "tqdm", "tensorboard", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table: `advice` is empty when all is well, else what to do."""
+
+    subject: str
+    message: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The run's YAML files, read; None where one could not be."""
+
+    train: TrainConfig | None
+    fbank: FbankConfig | None
+    decode: dict[Path, DecodeConfig]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="conf/train.yaml")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value of it"
+    )
+    parser.add_argument("--fbank-config", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--decode-config", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="DIR", help="where data directories are made (default: data)"
+    )
+    parser.add_argument("--exp", type=Path, required=True, metavar="DIR", help="the experiment directory")
+    parser.add_argument(
+        "--train-text", type=Path, metavar="FILE", help="transcripts of the training set, if they are there already"
+    )
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="the corpus archive that stage 1 will read")
+    parser.add_argument(
+        "--corpus-gib", type=float, default=1.0, metavar="X", help="size of the corpus' audio in GiB (default: 1)"
+    )
+    parser.add_argument("--nj", type=int, default=1, metavar="N", help="parallel jobs")
+    parser.add_argument("--ngpu", type=int, default=0, metavar="N", help="GPUs to train on")
+
+
+def run(args: argparse.Namespace) -> int:
+    configs, findings = load_all(args)
+    findings += list(check_packages())
+    parameters = 0
+    if configs.train and configs.fbank:
+        parameters, found = check_model(configs.train, configs.fbank)
+        findings += found
+        findings += list(check_shapes(configs.train, configs.fbank, configs.decode))
+        if args.train_text and args.train_text.is_file():
+            findings.append(check_tokenizer(configs.train, args.train_text))
+    findings.append(check_sclite())
+    findings += list(check_paths(args.data, args.exp, args.archive))
+    epochs_kept = configs.train.training.average.num if configs.train else 10
+    findings.append(check_disk(args.data, audio_gib=args.corpus_gib, parameters=parameters, epochs_kept=epochs_kept))
+    findings += list(check_processors(args.nj, args.ngpu))
+    return report(findings)
+
+
+def load_all(args: argparse.Namespace) -> tuple[Configs, list[Finding]]:
+    """Reads every YAML file, and goes on after a wrong one, so that all mistakes are seen at once."""
+    from speechtx.config.load import load_config
+    from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
+
+    findings: list[Finding] = []
+    train = fbank = None
+    decode: dict[Path, DecodeConfig] = {}
+
+    def note(path: Path, error: SpeechtxError | None) -> None:
+        findings.append(Finding("config", str(error), f"correct {path}, or the --set") if error else Finding("config", str(path)))
+
+    try:
+        train = load_config(args.config, TrainConfig, args.overrides)
+        note(args.config, None)
+    except SpeechtxError as err:
+        note(args.config, err)
+    try:
+        fbank = load_config(args.fbank_config, FbankConfig)
+        note(args.fbank_config, None)
+    except SpeechtxError as err:
+        note(args.fbank_config, err)
+    for path in args.decode_config:
+        try:
+            decode[path] = load_config(path, DecodeConfig)
+            note(path, None)
+        except SpeechtxError as err:
+            note(path, err)
+    return Configs(train, fbank, decode), findings
+
+
+def check_packages() -> Iterator[Finding]:
+    """Python packages that a later stage would miss."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding(
+            "packages", f"not installed: {', '.join(missing)}", "run tools/install.sh, and source path.sh to use its Python"
+        )
+    else:
+        yield Finding("packages", f"Python {sys.version.split()[0]}, {len(PACKAGES)} packages found")
+
+
+def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Finding]]:
+    """Builds the model on torch's meta device: shapes without memory. Returns the number of parameters too."""
+    import torch
+
+    from speechtx.model.recognizer import Recognizer
+
+    # <blank> and <sos/eos> join the pieces; how many characters a text has is not known yet
+    vocab_size = 64 if train.tokenizer.type == "char" else train.tokenizer.vocab_size + 2
+    try:
+        with torch.device("meta"):
+            model = Recognizer(config=train.model, num_mel_bins=fbank.num_mel_bins, vocab_size=vocab_size)
+    except (SpeechtxError, RuntimeError) as err:
+        return 0, [Finding("model", f"cannot be built: {err}", "correct the section model of the training configuration")]
+    number = sum(parameter.numel() for parameter in model.parameters())
+    encoder, decoder = train.model.encoder, train.model.decoder
+    about = "about " if train.tokenizer.type == "char" else ""
+    shape = f"{encoder.type} {encoder.layers}+{decoder.layers} layers, width {encoder.dim}, {about}{vocab_size} tokens"
+    return number, [Finding("model", f"{shape}: {number:,} parameters")]
+
+
+def check_shapes(train: TrainConfig, fbank: FbankConfig, decode: dict[Path, DecodeConfig]) -> Iterator[Finding]:
+    """Limits that would leave the model without a frame, a bin or a decoder."""
+    from speechtx.model.subsampling import subsampled_length
+
+    shortest = next(n for n in range(1, 100) if subsampled_length(n) >= 1)
+    if train.training.min_frames < shortest:
+        yield Finding(
+            "frames",
+            f"training.min_frames {train.training.min_frames}, but subsampling needs {shortest} frames for one of its own",
+            f"set training.min_frames to {shortest} or more",
+        )
+    if subsampled_length(fbank.num_mel_bins) < 1:
+        yield Finding("features", f"num_mel_bins {fbank.num_mel_bins} vanish in subsampling", f"use {shortest} bins or more")
+    for path, config in decode.items():
+        if train.model.decoder.layers == 0 and config.method == "beam" and config.ctc_weight != 1.0:
+            yield Finding(
+                "decoding",
+                f"{path}: ctc_weight {config.ctc_weight} needs a decoder, but model.decoder.layers is 0",
+                "set ctc_weight: 1.0 or method: ctc_greedy there",
+            )
+
+
+def check_tokenizer(train: TrainConfig, text: Path) -> Finding:
+    """Whether the vocabulary can hold the characters of a training text that exists already."""
+    characters: set[str] = set()
+    with text.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            characters.update(*line.split()[1:])
+    needed = len(characters) + 2 + len(train.tokenizer.user_symbols)  # <unk>, the word boundary
+    size = train.tokenizer.vocab_size
+    coverage = train.tokenizer.character_coverage
+    if train.tokenizer.type != "char" and coverage == 1.0 and not train.tokenizer.byte_fallback and size < needed:
+        advice = f"set tokenizer.vocab_size to {needed} or more, or lower tokenizer.character_coverage"
+        return Finding("tokenizer", f"vocab_size {size} is below the {needed} symbols of {text}", advice)
+    return Finding("tokenizer", f"{train.tokenizer.type}, {len(characters)} characters in {text}")
+
+
+def check_sclite() -> Finding:
+    """NIST's sclite, not something else of that name."""
+    from speechtx.scoring.sclite import find_sclite
+
+    try:
+        return Finding("sclite", str(find_sclite()))
+    except SpeechtxError as err:
+        return Finding("sclite", str(err), "run tools/install_sctk.sh")
+
+
+def check_paths(data: Path, exp: Path, archive: Path | None) -> Iterator[Finding]:
+    """Folders that must be writable and files that must be readable."""
+    blocked = [str(path) for path in (data, exp) if not _writable(path)]
+    if blocked:
+        yield Finding(
+            "paths", f"cannot write to {' and '.join(blocked)}", "change the owner or mode of the folder, or give another --exp"
+        )
+    else:
+        yield Finding("paths", f"{data} and {exp} are writable")
+    if archive is not None:
+        if archive.is_file() and os.access(archive, os.R_OK):
+            yield Finding("archive", f"{archive}, {archive.stat().st_size / 1e6:.0f} MB")
+        else:
+            yield Finding("archive", f"{archive}: no such readable file", "give the path of the archive to --archive")
+
+
+def _writable(path: Path) -> bool:
+    """Whether `path`, or the nearest folder above it that exists, can be written to."""
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def check_disk(data: Path, *, audio_gib: float, parameters: int, epochs_kept: int) -> Finding:
+    """Free space against what the stages will write: the unpacked corpus, its features, checkpoints."""
+    # 80 float32 bins at 100 frames a second are 32 kB/s, as much as 16-bit audio at 16 kHz: once for each.
+    # A resumable checkpoint holds weights and two moments; last.pt, previous.pt and one being written exist at once.
+    weights_gib = parameters * 4 / GIB
+    needed = 2 * audio_gib + weights_gib * (3 * 3 + epochs_kept + 2)
+    nearest = next(p for p in (data.absolute(), *data.absolute().parents) if p.exists())
+    free = shutil.disk_usage(nearest).free / GIB
+    message = f"{free:.1f} GiB free, about {needed:.1f} GiB needed"
+    return Finding("disk", message, "" if free > needed else f"free some space on the file system of {nearest}")
+
+
+def check_processors(nj: int, ngpu: int) -> Iterator[Finding]:
+    """Jobs against processors, and the GPUs that were asked for."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    if nj < 1:
+        yield Finding("jobs", f"--nj {nj}", "give --nj 1 or more")
+    else:
+        more = f"; {nj - cores} of them wait their turn on this machine" if nj > cores else ""
+        yield Finding("jobs", f"{nj} jobs, {cores} processors{more}")
+    if ngpu > 0:
+        there = torch.cuda.device_count()
+        if there < ngpu:
+            how = "this PyTorch was built without CUDA" if torch.version.cuda is None else f"PyTorch sees {there} GPU(s)"
+            yield Finding(
+                "gpu", f"--ngpu {ngpu}, but {how}", "use --ngpu 0, or run tools/install.sh --cuda where nvidia-smi lists GPUs"
+            )
+        else:
+            yield Finding("gpu", f"{ngpu} of {there} GPU(s): {torch.cuda.get_device_name(0)}")
+
+
+def report(findings: list[Finding]) -> int:
+    """Prints the table; returns the exit status."""
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        first, *rest = finding.message.splitlines()
+        print(f"  {finding.subject:<{width}}  {'PROBLEM' if finding.advice else 'ok':<7}  {first}")
+        for line in rest:
+            print(f"  {'':<{width}}           {line}")
+        if finding.advice:
+            print(f"  {'':<{width}}           what to do: {finding.advice}")
+    problems = sum(bool(finding.advice) for finding in findings)
+    if problems:
+        sys.stdout.flush()
+        print(f"speechtx check: {problems} problem(s) found; nothing was started", file=sys.stderr)
+    return 1 if problems else 0

@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# The eight stages of a recipe: which to run, what each depends on, and skipping those that are up to date. Sourced by run.sh
+# after its options, which have the same names in every recipe (egs/TEMPLATE/asr1/run.sh lists them):
+#
+#   start_recipe "$@"                     # checks what was given, fills in what was not
+#   if begin_stage 2 "features"; then     # prints the header; true when the stage is selected and not up to date
+#     ...
+#     end_stage
+#   fi
+#   end_recipe                            # shows the scores and where they lie
+#
+# start_recipe sets: exp, tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
+# arguments), check_options, decode_nj. Further arguments of begin_stage go to `speechtx stamp begin` (more inputs: --in FILE,
+# --value NAME=VALUE). It sets stage_state to first, changed, extended, interrupted or missing.
+# shellcheck disable=SC2154,SC2034  # variables of run.sh, read here, and ours, read there
+
+stage_names=(check data fbank bpe train average decode score)
+stage_running=''
+
+say() { printf '[%s] %s\n' "$(date '+%F %T')" "$*"; }
+
+recipe_error() {
+  printf 'run.sh: error: %s\n' "$1" >&2
+  exit 2
+}
+
+# Prints the number of a stage given by number or name.
+stage_number() {
+  local number
+  for number in "${!stage_names[@]}"; do
+    if [[ $1 == "$number" || $1 == "${stage_names[number]}" ]]; then
+      echo "$number"
+      return
+    fi
+  done
+  recipe_error "unknown stage '$1'; stages are: 0 check, 1 data, 2 fbank, 3 bpe, 4 train, 5 average, 6 decode, 7 score"
+}
+
+# Prints the default experiment directory: the configuration's name and what deviates from it on the command line, as in
+# exp/train_encoder.layers6_seed2, so that two configurations never share one.
+experiment_name() {
+  local name override key
+  name=$(basename "$train_config" .yaml)
+  for override in "${set[@]}"; do
+    key=${override%%=*}
+    [[ $key != *.*.* ]] || key=${key#"${key%.*.*}".} # the last two words tell enough
+    name+=_$key${override#*=}
+  done
+  [[ -z $speeds ]] || name+=_sp
+  [[ $seed == 1 ]] || name+=_seed$seed
+  echo "exp/${name//[!A-Za-z0-9._+-]/-}"
+}
+
+start_recipe() {
+  local override
+  (($# == 0)) || recipe_error "unexpected argument '$1'; options start with two dashes"
+  first_stage=$(stage_number "$stage") || exit
+  last_stage=$(stage_number "$stop_stage") || exit
+  ((first_stage <= last_stage)) || recipe_error "--stage $stage comes after --stop-stage $stop_stage"
+  ((nj > 0)) || recipe_error "--nj must be 1 or more"
+  [[ -n $exp ]] || exp=$(experiment_name)
+  exp=${exp%/}
+  tokenizer=data/tokenizer/$(basename "$exp")
+  corpus_sets=("$train_set" "$dev_set" "${test_sets[@]}")
+  [[ -z $speeds ]] || train_set+=_sp
+  all_sets=("$train_set" "$dev_set" "${test_sets[@]}")
+  decode_nj=$((ngpu > 0 ? 1 : nj))
+  overrides=()
+  for override in "${set[@]}"; do overrides+=(--set "$override"); done
+  check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --decode-config "$decode_config"
+    --exp "$exp" --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu")
+  trap 'stage_failed $?' EXIT
+}
+
+# Prints the directory of one set's hypotheses.
+decode_dir() { echo "$exp/decode_$1_$(basename "$decode_config" .yaml)"; }
+
+# Fills stage_inputs with what stage $1 depends on, in the words of `speechtx stamp`.
+list_inputs() {
+  local name file
+  stage_inputs=()
+  case ${stage_names[$1]} in
+    data)
+      stage_inputs+=(--in local)
+      for name in "${corpus_sets[@]}"; do stage_inputs+=(--out "data/$name/wav.scp" --out "data/$name/text"); done
+      ;;
+    fbank)
+      stage_inputs+=(--after data/.stamps/data.json --config "$fbank_config")
+      for name in "${corpus_sets[@]}"; do
+        for file in wav.scp segments utt2spk; do stage_inputs+=(--in "data/$name/$file"); done
+      done
+      for name in "${all_sets[@]}"; do stage_inputs+=(--out "data/$name/feats.scp" --out "data/$name/global_cmvn.ark"); done
+      ;;
+    bpe)
+      stage_inputs+=(--in "data/$train_set/text" --config "$train_config:tokenizer" "${overrides[@]}" --out "$tokenizer/tokens.txt")
+      ;;
+    train)
+      for name in "$train_set" "$dev_set"; do # the statistics change whenever any feature does
+        for file in text feats.scp utt2num_frames fbank.yaml global_cmvn.ark; do stage_inputs+=(--in "data/$name/$file"); done
+      done
+      stage_inputs+=(--in "$tokenizer/tokens.txt" --config "$train_config:features,model,training" "${overrides[@]}" --value "seed=$seed")
+      for name in epochs average checkpoint_minutes loader_workers max_nonfinite_steps; do
+        stage_inputs+=(--soft "training.$name") # `speechtx train` continues an experiment in which only these changed
+      done
+      stage_inputs+=(--out "$exp/config.yaml")
+      ;;
+    average)
+      stage_inputs+=(--after "$exp/.stamps/train.json" --out "$exp/model.pt")
+      ;;
+    decode)
+      stage_inputs+=(--after "$exp/.stamps/average.json" --in "$exp/model.pt" --config "$decode_config")
+      for name in "$dev_set" "${test_sets[@]}"; do
+        for file in feats.scp global_cmvn.ark; do stage_inputs+=(--in "data/$name/$file"); done
+        stage_inputs+=(--out "$(decode_dir "$name")/text")
+      done
+      ;;
+    score)
+      stage_inputs+=(--after "$exp/.stamps/train.json" --out "$exp/RESULTS.md")
+      for name in "$dev_set" "${test_sets[@]}"; do stage_inputs+=(--in "data/$name/text" --in "$(decode_dir "$name")/text"); done
+      ;;
+  esac
+}
+
+# begin_stage NUMBER TITLE [stamp arguments]: is there work to do? Prints the stage's header line either way.
+begin_stage() {
+  local number=$1 title=$2 name=${stage_names[$1]} answer
+  shift 2
+  ((first_stage <= number && number <= last_stage)) || return 1
+  if [[ $name == check ]]; then # takes seconds, and the machine may have changed: always runs
+    say "stage $number $name: $title"
+    return 0
+  fi
+  stage_running="$number $name"
+  case $name in
+    data) stage_stamp=data/.stamps/data.json ;;
+    fbank) stage_stamp=data/.stamps/fbank${speeds:+_$speeds}.json ;;
+    *) stage_stamp=$exp/.stamps/${name}$([[ $name =~ decode|score ]] && echo "_$(basename "$decode_config" .yaml)").json ;;
+  esac
+  list_inputs "$number"
+  if $force || [[ $name == train && $restart == true ]]; then stage_inputs+=(--force); fi
+  answer=$(speechtx stamp begin --stamp "$stage_stamp" "${stage_inputs[@]}" "$@") || exit
+  stage_state=${answer%% *}
+  case $stage_state in
+    skip)
+      stage_running=''
+      answer=${answer#skip }
+      say "stage $number $name: up to date (finished ${answer%.*})"
+      return 1
+      ;;
+    changed | extended) title+="; changed: ${answer#* }" ;;
+    missing) title+="; gone: ${answer#* }" ;;
+    interrupted) title+="; again, because it did not finish" ;;
+  esac
+  say "stage $number $name: $title"
+}
+
+end_stage() {
+  speechtx stamp end --stamp "$stage_stamp"
+  stage_running=''
+}
+
+# Called when run.sh ends: if a stage was at work, says which and how to go on.
+stage_failed() {
+  [[ -n $stage_running && $1 != 0 ]] || return 0
+  say "stage $stage_running did not finish (status $1); run it again: what finished before it is skipped" >&2
+}
+
+# Prints the scores, and where they, sclite's details and the figures lie.
+end_recipe() {
+  local path
+  ((last_stage == 7)) || return 0
+  printf '\n'
+  grep '^|' "$exp/RESULTS.md" || true
+  printf '\nresults  %s\n' "$PWD/${exp#"$PWD/"}/RESULTS.md"
+  for path in "$exp"/decode_*/score_wer; do [[ ! -d $path ]] || printf 'sclite   %s\n' "$PWD/${path#"$PWD/"}"; done
+  for path in "$exp"/*.png; do [[ ! -f $path ]] || printf 'figure   %s\n' "$PWD/${path#"$PWD/"}"; done
+}
