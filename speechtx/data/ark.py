@@ -91,20 +91,25 @@ class ArkWriter:
             self._scp_stream.write(f"{key} {self._ark}:{offset}\n")
 
 
-def read_matrix(location: str, *, backend: Backend = "kaldiio") -> np.ndarray:
+def read_matrix(
+    location: str, *, dtype: type[np.floating] = np.float32, key: str = "", backend: Backend = "kaldiio"
+) -> np.ndarray:
     """Reads one matrix.
 
     Args:
         location: `file.ark:offset` as in an scp file, or a file that holds a single matrix (its key, if any, is skipped).
+        dtype: np.float32 for features, np.float64 for statistics, whatever the archive holds.
+        key: whose matrix it is; errors name it.
         backend: which library reads.
 
     Returns:
-        (T, F) float32, or float64 where the archive holds doubles; compressed matrices are decompressed.
+        (T, F) of `dtype`; compressed matrices are decompressed.
 
     Raises:
         DataError: a command instead of a file, no such file, or no complete matrix of finite numbers there.
     """
     path, offset = _split_location(location)
+    where = f"{location}: {key}" if key else location
     try:
         with open(path, "rb") as stream:
             if offset is None and stream.read(2) != _BINARY:
@@ -112,18 +117,20 @@ def read_matrix(location: str, *, backend: Backend = "kaldiio") -> np.ndarray:
                 _read_key(stream, path)
                 offset = stream.tell()
             stream.seek(offset or 0)
-            return _read_entry(stream, path, backend, location)
+            return _read_entry(stream, path, dtype, backend, where)
     except OSError as err:
-        raise DataError(f"{location}: cannot be read: {err.strerror or err}") from None
+        raise DataError(f"{where}: cannot be read: {err.strerror or err}") from None
 
 
-def read_ark(path: str | Path, *, backend: Backend = "kaldiio") -> Iterator[tuple[str, np.ndarray]]:
+def read_ark(
+    path: str | Path, *, dtype: type[np.floating] = np.float32, backend: Backend = "kaldiio"
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (key, matrix) of a whole archive in its order; returns and raises as `read_matrix`, errors name the key."""
     _require_plain(str(path))
     try:
         with open(path, "rb") as stream:
             while key := _read_key(stream, path):
-                yield key, _read_entry(stream, str(path), backend, f"{path}: {key}")
+                yield key, _read_entry(stream, str(path), dtype, backend, f"{path}: {key}")
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror or err}") from None
 
@@ -186,12 +193,10 @@ def _read_key(stream: IO[bytes], path: str | Path) -> str:
     return text
 
 
-def _read_entry(stream: IO[bytes], path: str, backend: Backend, where: str) -> np.ndarray:
+def _read_entry(stream: IO[bytes], path: str, dtype: type[np.floating], backend: Backend, where: str) -> np.ndarray:
     """Reads the matrix at the stream's position and leaves the stream behind it."""
     start = stream.tell()
-    header = stream.read(_HEADER_BYTES)
-    length = _entry_length(header, where)
-    dtype = np.float64 if header.startswith(_BINARY + b"DM ") else np.float32
+    length = _entry_length(stream.read(_HEADER_BYTES), where)
     if start + length > os.fstat(stream.fileno()).st_size:
         raise DataError(
             f"{where}: truncated or corrupt: the matrix at byte {start} needs {length} bytes, which the file does not have"
@@ -231,7 +236,7 @@ def _read_kaldiio(stream: IO[bytes]) -> np.ndarray:
     return read_kaldi(stream)
 
 
-def _read_kaldi_native_io(path: str, offset: int, dtype: type) -> np.ndarray:
+def _read_kaldi_native_io(path: str, offset: int, dtype: type[np.floating]) -> np.ndarray:
     import kaldi_native_io
 
     reader: Any = kaldi_native_io.DoubleMatrix if dtype is np.float64 else kaldi_native_io.FloatMatrix

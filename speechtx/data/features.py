@@ -214,12 +214,9 @@ def compute_cmvn(data_dir: str | Path) -> tuple[CmvnStats, int]:
     for utterance, location in _with_progress(locations.items(), len(locations)):
         if utterance not in speakers:
             raise DataError(f"{data_dir / 'utt2spk'}: utterance {utterance} of feats.scp has no speaker")
-        try:
-            own = CmvnStats.from_feats(read_matrix(location))
-            before = stats.get(speakers[utterance])
-            stats[speakers[utterance]] = own if before is None else before + own
-        except DataError as err:
-            raise DataError(f"{data_dir / 'feats.scp'}: {utterance}: {err}") from None
+        own = CmvnStats.from_feats(read_matrix(location, key=utterance))
+        before = stats.get(speakers[utterance])
+        stats[speakers[utterance]] = own if before is None else before + own
     if not stats:
         raise DataError(f"{data_dir / 'feats.scp'}: holds no utterance")
     (data_dir / "fbank").mkdir(exist_ok=True)

@@ -194,11 +194,11 @@ def test_cmvn_by_speaker_adds_up_to_cmvn_of_the_whole(tmp_path: Path) -> None:
     assert num_speakers == 2
     feats = features(data)
     expected = CmvnStats.from_feats(np.concatenate(list(feats.values()))).to_matrix()
-    stored = read_matrix(str(data / "global_cmvn.ark"))
+    stored = read_matrix(str(data / "global_cmvn.ark"), dtype=np.float64)
     assert stored.dtype == np.float64
     np.testing.assert_allclose(stored, expected, rtol=1e-12)
     assert np.array_equal(whole.to_matrix(), stored)
-    speakers = {key: read_matrix(location) for key, location in read_scp(data / "cmvn.scp").items()}
+    speakers = {key: read_matrix(location, dtype=np.float64) for key, location in read_scp(data / "cmvn.scp").items()}
     assert list(speakers) == ["s0", "s1"]
     np.testing.assert_allclose(speakers["s0"] + speakers["s1"], stored, rtol=1e-12)
     own = CmvnStats.from_feats(np.concatenate([m for key, m in feats.items() if key.startswith("s1")]))
