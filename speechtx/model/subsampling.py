@@ -11,6 +11,7 @@ from torch import Tensor, nn
 LengthT = TypeVar("LengthT", int, Tensor)
 
 MIN_FRAMES = 7  # the receptive field of one subsampled frame
+SUBSAMPLING_FACTOR = 4  # feature frames from one subsampled frame to the next
 
 
 def subsampled_length(length: LengthT) -> LengthT:
