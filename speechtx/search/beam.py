@@ -22,6 +22,8 @@ from speechtx.model.recognizer import Recognizer
 from speechtx.search.ctc_prefix import CtcPrefixScorer, CtcState
 from speechtx.search.hypothesis import Hypothesis
 
+_RETIRE_SHARE = 4  # done utterances leave the batch once they are at least one in so many
+
 
 @dataclass
 class _Beam:
@@ -42,6 +44,11 @@ class _Beam:
             tokens=self.tokens.gather(1, slots.unsqueeze(2).expand(-1, -1, self.tokens.shape[2])),
             lengths=self.lengths.gather(1, slots),
         )
+
+    def keep(self, utterances: Tensor) -> _Beam:
+        """Keeps these utterances, given as indices or as a mask."""
+        parts = (self.score, self.att, self.ctc, self.tokens, self.lengths)
+        return _Beam(*(part[utterances] for part in parts))
 
     def best_of(self, other: _Beam, keep: int) -> _Beam:
         """The `keep` best of both."""
@@ -89,15 +96,16 @@ def beam_search(model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: De
     check_weights(model, config)
     with torch.inference_mode():
         search = _BeamSearch(model=model, enc_out=enc_out, enc_lens=enc_lens, config=config)
-        for step in range(int(search.max_len.max()) + 1):
+        step = 0
+        while search.batch:
             search.step(step)
-            if search.done(step + 1):
-                break
-        return search.hypotheses()
+            step += 1
+            search.retire(search.done(step))
+        return search.results
 
 
 class _BeamSearch:
-    """One search over one batch."""
+    """One search over one batch, which shrinks as utterances are done."""
 
     def __init__(self, *, model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig) -> None:
         self.config = config
@@ -122,6 +130,8 @@ class _BeamSearch:
         self.active = self._empty(self.beam)
         self.active.score[:, 0] = 0.0
         self.finished = self._empty(config.nbest)
+        self.utts = torch.arange(self.batch, device=self.device)  # where each row of the shrinking batch came from
+        self.results: list[list[Hypothesis]] = [[] for _ in range(self.batch)]
 
     def _empty(self, slots: int) -> _Beam:
         score = torch.full((self.batch, slots), -torch.inf, dtype=torch.float64, device=self.device)
@@ -189,20 +199,38 @@ class _BeamSearch:
             self.ctc_state = self.scorer.extend(self.ctc_state, rows, labels)
         self.last = labels
 
-    def done(self, length: int) -> bool:
-        """Whether no live hypothesis, now of `length` tokens, can still enter the n best of its utterance."""
+    def done(self, length: int) -> Tensor:
+        """(B,) whether no live hypothesis, now of `length` tokens, can still enter the n best of its utterance."""
         to_gain = max(0.0, self.config.length_bonus) * (self.max_len - length).clamp(min=0)
         reachable = self.active.score.amax(dim=1) + to_gain
-        return bool(((reachable == -torch.inf) | (reachable <= self.finished.score[:, -1])).all())
+        return (reachable == -torch.inf) | (reachable <= self.finished.score[:, -1])
 
-    def hypotheses(self) -> list[list[Hypothesis]]:
-        """The finished hypotheses of every utterance, best first."""
-        done = self.finished
-        columns = (done.score.tolist(), done.att.tolist(), done.ctc.tolist(), done.tokens.tolist(), done.lengths.tolist())
-        return [
-            [self._hypothesis(*parts) for parts in zip(*utterance, strict=True) if parts[0] > -torch.inf]
-            for utterance in zip(*columns, strict=True)
-        ]
+    def retire(self, done: Tensor) -> None:
+        """Moves utterances that are done from the batch to the results, once they are worth the copy of what remains."""
+        count = int(done.sum())
+        if count * _RETIRE_SHARE < self.batch:
+            return
+        self._collect(done)
+        if count == self.batch:
+            self.batch = 0
+            return
+        remaining = (~done).nonzero().squeeze(1)
+        if self.decoder_state is not None:
+            self.decoder_state = self.decoder_state.keep(remaining)
+        if self.scorer is not None and self.ctc_state is not None:
+            self.ctc_state = self.scorer.keep(self.ctc_state, remaining)
+        self.last = self.last.view(self.batch, self.beam)[remaining].view(-1)
+        self.active, self.finished = self.active.keep(remaining), self.finished.keep(remaining)
+        self.max_len, self.utts = self.max_len[remaining], self.utts[remaining]
+        self.batch = len(remaining)
+        self.offsets = self.offsets[: self.batch]
+
+    def _collect(self, done: Tensor) -> None:
+        """Turns the finished hypotheses of utterances `done` into results, best first."""
+        beam = self.finished.keep(done)
+        columns = (beam.score.tolist(), beam.att.tolist(), beam.ctc.tolist(), beam.tokens.tolist(), beam.lengths.tolist())
+        for utt, *parts in zip(self.utts[done].tolist(), *columns, strict=True):
+            self.results[utt] = [self._hypothesis(*slot) for slot in zip(*parts, strict=True) if slot[0] > -torch.inf]
 
     def _hypothesis(self, score: float, att: float, ctc: float, tokens: list[int], length: int) -> Hypothesis:
         return Hypothesis(

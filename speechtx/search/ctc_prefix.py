@@ -60,9 +60,9 @@ class CtcPrefixScorer:
         padding = (torch.arange(frames, device=log_y.device) >= enc_lens.to(log_y.device).unsqueeze(1)).unsqueeze(2)
         # Beyond the end only blank is possible, with probability 1: P(g) is then n(S) + b(S) whatever the length.
         certain_blank = log_y.new_full((vocab,), _LOG_ZERO).index_fill(0, torch.tensor(blank_id, device=log_y.device), 0.0)
-        self._log_y = torch.where(padding, certain_blank, log_y)
-        self._y = self._log_y.exp()
-        self._by_label = self._log_y.transpose(1, 2).reshape(batch * vocab, frames)  # row b * V + c
+        log_y = torch.where(padding, certain_blank, log_y)
+        self._y = log_y.exp()
+        self._by_label = log_y.transpose(1, 2).reshape(batch * vocab, frames)  # row b * V + c
         self._row_of_utt = torch.arange(batch, device=log_y.device).repeat_interleave(beam) * vocab
         log_y_blank = self._labels(torch.full_like(self._row_of_utt, blank_id))
         self._cum_blank = _cumulative(log_y_blank)
@@ -101,6 +101,16 @@ class CtcPrefixScorer:
         new_n = _solve(phi, _cumulative(self._labels(labels)))
         new_b = _solve(new_n[:, :-1], self._cum_blank)
         return CtcState(log_n=new_n, log_b=new_b, last=labels)
+
+    def keep(self, state: CtcState, utterances: Tensor) -> CtcState:
+        """Drops all utterances but these (int64 indices into B) from the scorer, and from the state that is returned."""
+        batch, frames, vocab = self._y.shape
+        self._y = self._y[utterances]
+        self._by_label = self._by_label.view(batch, vocab, frames)[utterances].flatten(0, 1)
+        rows = (utterances.unsqueeze(1) * self._beam + torch.arange(self._beam, device=utterances.device)).view(-1)
+        self._cum_blank = self._cum_blank[rows]
+        self._row_of_utt = self._row_of_utt[: len(rows)]
+        return CtcState(log_n=state.log_n[rows], log_b=state.log_b[rows], last=state.last[rows])
 
     def _labels(self, labels: Tensor) -> Tensor:
         """(N, S) log y(t, labels[i]) of each row's utterance."""
