@@ -71,17 +71,17 @@ def read_data_dir(path: str | Path) -> Tables:
     """Reads every table of a directory that is there; `utt2spk` must be.
 
     Raises:
-        DataError: no such directory, no `utt2spk` or an empty one, or a table that `read_table` refuses.
+        DataError: no such directory, no `utt2spk` or an empty one, or a table that is wrong by itself; whether tables agree with
+            each other is the validator's question.
     """
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such data directory")
-    tables = {name: read_table(path / name) for name in TABLES if (path / name).exists()}
+    tables = {name: read_table(path / name, check_entries=True) for name in TABLES if (path / name).exists()}
     if "utt2spk" not in tables:
         raise DataError(f"{path / 'utt2spk'}: no such file; a data directory needs one line 'utterance speaker' per utterance")
     if not tables["utt2spk"]:
         raise DataError(f"{path / 'utt2spk'}: no utterances")
-    tables["utt2spk"] = read_utt2spk(path / "utt2spk")
     return tables
 
 

@@ -279,15 +279,12 @@ def _durations(tables: Tables) -> dict[str, float] | None:
     utt2spk = tables["utt2spk"]
     for name in ("utt2num_frames", "utt2dur"):
         values = tables.get(name)
-        if values is not None and values.keys() >= utt2spk.keys() and all(TABLES[name].check(v) is None for v in values.values()):
+        if values is not None and values.keys() >= utt2spk.keys():
             return {utt: float(values[utt]) for utt in utt2spk}
     segments = tables.get("segments", {})
-    if segments.keys() < utt2spk.keys() or not segments:
+    if not segments.keys() >= utt2spk.keys():
         return None
-    try:
-        pieces = {utt: parse_segment(segments[utt]) for utt in utt2spk}
-    except (KeyError, ValueError):
-        return None
+    pieces = {utt: parse_segment(segments[utt]) for utt in utt2spk}
     if any(piece.end is None for piece in pieces.values()):
         return None
     return {utt: piece.end - piece.start for utt, piece in pieces.items() if piece.end is not None}

@@ -68,32 +68,32 @@ class Table:
     lines: dict[str, int] = field(default_factory=dict)
 
 
-def read_table(path: str | Path) -> dict[str, str]:
+def read_table(path: str | Path, *, check_entries: bool = False) -> dict[str, str]:
     """Reads a table into a dict from key to the rest of the line, in the order of the file.
 
     Extra blanks around fields and an order that is not C order are tolerated; the validator reports them.
+
+    Args:
+        path: the table.
+        check_entries: also refuse unusable ids and values that are not what the table's file name promises.
 
     Raises:
         DataError: the file is missing, not UTF-8, has a BOM, a carriage return, a NUL, a blank line or a key twice;
             the message names file and line.
     """
     path = Path(path)
+    tolerated = {"spacing", "order", "no-newline"} | (set() if check_entries else {"id", "value"})
 
     def stop(kind: Kind, line: int, message: str) -> None:
-        if kind not in ("spacing", "order", "no-newline", "id", "value"):
+        if kind not in tolerated:
             raise DataError(f"{path}:{line}: {message}")
 
     return scan_table(path, report=stop).values
 
 
 def read_utt2spk(path: str | Path) -> dict[str, str]:
-    """Reads `utt2spk`: utterance id to speaker id; see `read_table` for errors, plus one for a line without a speaker."""
-    utt2spk = read_table(path)
-    for utt, speaker in utt2spk.items():
-        problem = _check_utt2spk(speaker)
-        if problem:
-            raise DataError(f"{path}: utterance {utt}: {problem}")
-    return utt2spk
+    """Reads `utt2spk`: utterance id to speaker id; entries are checked as well, see `read_table`."""
+    return _read_named(path, "utt2spk")
 
 
 def read_segments(path: str | Path) -> dict[str, Segment]:
@@ -102,13 +102,13 @@ def read_segments(path: str | Path) -> dict[str, Segment]:
     Raises:
         DataError: as `read_table`, or a line is not `utterance recording start end` with 0 <= start < end.
     """
-    segments = {}
-    for utt, value in read_table(path).items():
-        try:
-            segments[utt] = parse_segment(value)
-        except ValueError as err:
-            raise DataError(f"{path}: utterance {utt}: {err}") from None
-    return segments
+    return {utt: parse_segment(value) for utt, value in _read_named(path, "segments").items()}
+
+
+def _read_named(path: str | Path, name: str) -> dict[str, str]:
+    if Path(path).name != name:
+        raise ValueError(f"{path}: entries are checked by file name, and this one is not called {name}")
+    return read_table(path, check_entries=True)
 
 
 def parse_segment(value: str) -> Segment:
