@@ -24,6 +24,8 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 
+[[ -z $archive ]] || archive=$(realpath -- "$archive")
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
 . ./path.sh
@@ -34,7 +36,7 @@ known=(--sha256 a0525579493735d32b60fb6fa5975dd0eaacde087b0a4eeb7f13b7ef33077b12
 source=(--url "$url")
 [[ -z $archive ]] || source=(--archive "$archive")
 
-python3 ../../../utils/data/fetch_archive.py "${source[@]}" "${known[@]}" --max-mib 512 --out corpus/an4_sphere
+python3 utils/data/fetch_archive.py "${source[@]}" "${known[@]}" --max-mib 512 --out corpus/an4_sphere
 python3 local/prepare.py --corpus corpus/an4_sphere/an4 --data data
 for name in train_nodev train_dev test; do
     speechtx data validate "data/$name"

@@ -13,8 +13,8 @@ Layout of the archive:
     an4/etc/an4_train.transcription   <s> YES </s> (an251-fash-b)         upper case; the test file has no <s> </s>
     an4/wav/an4_clstk/<speaker>/*.sph, an4/wav/an4test_clstk/<speaker>/*.sph     NIST SPHERE, 1024 byte header, PCM
 
-The split is ESPnet's, so that results compare: utterance ids are `<speaker>-<prompt>-b`, sorted in C order; the first 100 training
-utterances are `train_dev`, the other 848 `train_nodev`. The three sets share no speaker (66, 8 and 10 speakers).
+The split is ESPnet's, so that results compare: utterance ids are `<speaker>-<prompt>-b`, sorted in C order; the first 100
+training utterances are `train_dev`, the other 848 `train_nodev`. The sets share no speaker (8, 66 and, in test, 10 speakers).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 The library and its data come out of the PyPI package `espeakng-loader` (GPL-3.0; only this recipe's stage 1 loads it). The API
 used is the one of `espeak-ng/speak_lib.h`, in its synchronous mode: samples arrive through a callback while `espeak_Synth` runs.
 
-eSpeak keeps state from one utterance to the next (flutter, oscillator phases), which no call resets: the same sentence sounds the same but
-differs in its samples. Whoever wants reproducible audio therefore starts a fresh process for each voice and says the same things
-in the same order.
+eSpeak keeps state from one utterance to the next (flutter, oscillator phases), which no call resets: the same sentence sounds
+the same but differs in its samples. Whoever wants reproducible audio therefore starts a fresh process for each voice and says
+the same things in the same order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What the mini corpus says: census-form speech in the manner of AN4, made from templates.
 
-Names are spelled letter by letter, numbers are said digit by digit, dates are birthdays, commands edit a form. Everything is drawn
-from the word lists below; nothing is taken from AN4's transcripts. Letters are words of one character, as in AN4: `R A B E L`.
+Names are spelled letter by letter, numbers are said digit by digit, dates are birthdays, commands edit a form. Everything is
+drawn from the word lists below; nothing is taken from AN4's transcripts. Letters are words of one character, as in AN4:
+`R A B E L`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,32 @@ from collections.abc import Callable, Iterator
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = ["ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE"]
-_TEENS = "TEN ELEVEN TWELVE THIRTEEN FOURTEEN FIFTEEN SIXTEEN SEVENTEEN EIGHTEEN NINETEEN".split()
-_TENS = "TWENTY THIRTY FORTY FIFTY SIXTY SEVENTY EIGHTY NINETY".split()
-_MONTHS = "JANUARY FEBRUARY MARCH APRIL MAY JUNE JULY AUGUST SEPTEMBER OCTOBER NOVEMBER DECEMBER".split()
+_TEENS = ["TEN", "ELEVEN", "TWELVE", "THIRTEEN", "FOURTEEN", "FIFTEEN", "SIXTEEN", "SEVENTEEN", "EIGHTEEN", "NINETEEN"]
+_TENS = ["TWENTY", "THIRTY", "FORTY", "FIFTY", "SIXTY", "SEVENTY", "EIGHTY", "NINETY"]
+_MONTHS = [
+    "JANUARY",
+    "FEBRUARY",
+    "MARCH",
+    "APRIL",
+    "MAY",
+    "JUNE",
+    "JULY",
+    "AUGUST",
+    "SEPTEMBER",
+    "OCTOBER",
+    "NOVEMBER",
+    "DECEMBER",
+]
 _EDITS = ["ENTER", "ERASE", "RUBOUT", "REPEAT"]
 _MOVES = ["GO TO", "START AT", "STOP AT", "HELP WITH"]
 _NAMES = """
-    ABBOTT ADRIAN AGNES ALVAREZ AMY ANNA ANTON ARTHUR BAXTER BECKY BENGT BLAKE BOYLE BRUNO CAROL CHAVEZ CHLOE CLYDE COX CYNTHIA DAISY DANIEL
-    DIAZ DIXON DOYLE EDITH ELLIOT EMMA ENZO ERIK EZRA FAITH FELIX FIONA FOX FRITZ GEORGE GIBBS GLENN GOMEZ GRACE GWEN HAZEL HECTOR HIRSCH
-    HOLLY HUXLEY IDA INGRID IRIS ISAAC IVAN JACOB JANE JENKINS JOEL JUDY KAMINSKI KATE KEVIN KNOX KURT KYLE LARS LEWIS LIZ LUCY LYNN MABEL MAGNUS
-    MARTINEZ MAX MILDRED NADIA NGUYEN NINA NORRIS OLGA OLIVER OSCAR OWEN PAULA PEREZ PHILIP PIERCE QUENTIN QUIGLEY QUINN RALPH REX RITA
-    ROXANNE RUTH SAMUEL SCHMIDT SIMON STELLA SVEN TARIQ TESS TOBIAS TRIXIE UMBERTO URSULA VALDEZ VERA VICTOR VIVIAN WALTER WENDY WOJCIK XAVIER
-    XENA YOLANDA YORK YUSUF YVONNE ZACK ZELDA ZIEGLER ZOE
-""".split()
+ABBOTT ADRIAN AGNES ALVAREZ AMY ANNA ANTON ARTHUR BAXTER BECKY BENGT BLAKE BOYLE BRUNO CAROL CHAVEZ CHLOE CLYDE COX CYNTHIA
+DAISY DANIEL DIAZ DIXON DOYLE EDITH ELLIOT EMMA ENZO ERIK EZRA FAITH FELIX FIONA FOX FRITZ GEORGE GIBBS GLENN GOMEZ GRACE GWEN
+HAZEL HECTOR HIRSCH HOLLY HUXLEY IDA INGRID IRIS ISAAC IVAN JACOB JANE JENKINS JOEL JUDY KAMINSKI KATE KEVIN KNOX KURT KYLE
+LARS LEWIS LIZ LUCY LYNN MABEL MAGNUS MARTINEZ MAX MILDRED NADIA NGUYEN NINA NORRIS OLGA OLIVER OSCAR OWEN PAULA PEREZ PHILIP
+PIERCE QUENTIN QUIGLEY QUINN RALPH REX RITA ROXANNE RUTH SAMUEL SCHMIDT SIMON STELLA SVEN TARIQ TESS TOBIAS TRIXIE UMBERTO
+URSULA VALDEZ VERA VICTOR VIVIAN WALTER WENDY WOJCIK XAVIER XENA YOLANDA YORK YUSUF YVONNE ZACK ZELDA ZIEGLER ZOE
+"""
 
 _SPOKEN_LETTERS = {"A": "eigh", "I": "eye", "Z": "zee"}
 
@@ -40,7 +54,7 @@ def number(value: int) -> str:
 
 def _spelled_name(rng: random.Random) -> str:
     if rng.random() < 0.6:
-        return " ".join(rng.choice(_NAMES))
+        return " ".join(rng.choice(_NAMES.split()))
     # Names of our own making keep rare letters as frequent as common ones.
     return " ".join(rng.choices(LETTERS, k=rng.randint(3, 6)))
 
@@ -92,7 +106,7 @@ def sentences(seed: int) -> Iterator[str]:
 def spoken_form(sentence: str) -> str:
     """What eSpeak is asked to say for a transcript.
 
-    It would read a lone A as the article and swallow an I, so these are written as they sound; Z is American. Words are in lower case
-    because eSpeak takes some words in capitals for abbreviations.
+    It would read a lone A as the article and swallow an I, so these are written as they sound; Z is American. Words are in
+    lower case because eSpeak takes some words in capitals for abbreviations.
     """
     return " ".join(_SPOKEN_LETTERS.get(word, word) if len(word) == 1 else word.lower() for word in sentence.split())

@@ -1,12 +1,13 @@
 """The mini corpus: synthetic census-form speech, made on the spot.
 
-THIS IS SYNTHETIC SPEECH. eSpeak NG (a formant synthesiser) says sentences made from templates; we add noise. The corpus exists so that
-the whole pipeline can run and be checked in minutes without a download; error rates on it say nothing about real speech.
+THIS IS SYNTHETIC SPEECH. eSpeak NG (a formant synthesiser) says sentences made from templates; we add noise. The corpus exists so
+that the whole pipeline can run and be checked in minutes without a download; error rates on it say nothing about real speech.
 
-Sets are disjoint in voices (eSpeak variants) and in sentences. Each utterance draws, from a generator seeded with the corpus seed and
-its id: speaking rate, pitch, intonation, pauses between words, silence around the speech, a kind of noise, a signal to noise ratio of 12 to 30
-dB, and a level of -20 to -3 dB. Files are 16 kHz, 16 bit, mono wav. A seed and the sizes fix every byte (with one version of eSpeak NG and
-its neighbours; another processor may round differently). Licence: what is generated is yours; eSpeak NG itself is GPL-3.0.
+Sets are disjoint in voices (eSpeak variants) and in sentences. Each utterance draws, from a generator seeded with the corpus seed
+and its id: speaking rate, pitch, intonation, pauses between words, silence around the speech, a kind of noise, a signal to noise
+ratio of 12 to 30 dB, and a peak level of -20 to -3 dB. Files are 16 kHz, 16 bit, mono wav. A seed and the sizes fix every byte
+(with one version of eSpeak NG, NumPy and soxr; another processor may round differently). eSpeak NG itself is GPL-3.0; what it says
+is yours.
 
 Layout: <corpus>/wav/<speaker>/<speaker>-<number>.wav and <corpus>/corpus.json, which says how it was made.
 """
@@ -79,7 +80,7 @@ def plan(sizes: dict[str, int], seed: int) -> dict[str, dict[Voice, list[Utteran
 
 
 def trim(samples: np.ndarray, *, sample_rate: int, floor_db: float = 45.0) -> np.ndarray:
-    """Cuts what lies before the first and after the last 10 ms within `floor_db` of the loudest ones; eSpeak leaves long tails."""
+    """Cuts what lies before the first and after the last 10 ms within `floor_db` of the loudest; eSpeak leaves long tails."""
     frame = sample_rate // 100
     count = samples.size // frame
     power = np.mean(np.square(samples[: count * frame].reshape(count, frame)), axis=1)

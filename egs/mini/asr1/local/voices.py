@@ -1,9 +1,9 @@
 """Who speaks in the mini corpus: eSpeak variants (a vocal tract and a manner) times English accents.
 
 A variant belongs to one set only, with its close relatives (iven, iven2, ...), so the voices of dev and test are unknown to the
-model. Variants that whisper, croak or echo like a robot are left out, and so are those with a `breath` line (f2, f3, f5 and others): eSpeak
-synthesises these from memory it never initialised, and no two runs give the same samples. In the training set each variant speaks with two accents, which
-makes two speakers.
+model. Variants that whisper, croak or echo like a robot are left out, and so are those with a `breath` line (f2, f3, f5 and
+others): eSpeak synthesises these from memory it never initialised, and no two runs give the same samples. In the training set
+each variant speaks with two accents, which makes two speakers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _ACCENTS = {"us": "en-us", "gb": "en", "sco": "en-gb-scotland", "nyc": "en-us-ny
 
 _VARIANTS = {
     "train": """
-        Alex Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mike Nguyen Reed adam antonio benjamin boris caleb david
-        ed edward edward2 f1 f4 grandma grandpa ian iven iven2 iven3 iven4 john klatt klatt2 klatt3 klatt4 m1 m2 m4 m5 m6 m8 marcelo max
-        michel miguel mike2 norbert pablo pedro quincy rob shelby steph steph2 steph3 travis zac
-    """.split(),
-    "dev": "Mario aunty gustave linda m7".split(),
-    "test": "Andrea Michael anika m3 belinda paul robert".split(),
+        Alex Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mike Nguyen Reed adam antonio benjamin boris caleb
+        david ed edward edward2 f1 f4 grandma grandpa ian iven iven2 iven3 iven4 john klatt klatt2 klatt3 klatt4 m1 m2 m4 m5 m6 m8
+        marcelo max michel miguel mike2 norbert pablo pedro quincy rob shelby steph steph2 steph3 travis zac
+    """,
+    "dev": "Mario aunty gustave linda m7",
+    "test": "Andrea Michael anika belinda m3 paul robert",
 }
 
 
@@ -42,7 +42,7 @@ def voices(name: str) -> list[Voice]:
     """The voices of `train`, `dev` or `test`."""
     others = [accent for accent in _ACCENTS if accent != "us"]
     chosen = []
-    for index, variant in enumerate(_VARIANTS[name]):
+    for index, variant in enumerate(_VARIANTS[name].split()):
         other = others[index % len(others)]
         if name == "train":
             accents = ["us", other]
