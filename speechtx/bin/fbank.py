@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Extracts one shard, or joins them, and prints one line of counts."""
     import time
 
+    from speechtx.config.errors import ConfigError
     from speechtx.config.load import load_config, parse_config
     from speechtx.config.schema import FbankConfig
     from speechtx.data.features import extract_shard, merge_shards, read_sources, shard
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         lost = f", {len(result.skipped)} skipped ({args.data}/fbank/skipped.txt)" if result.skipped else ""
         print(f"{args.data}: {result.utterances} of {result.total} utterances, {minutes:.1f} min, {result.frames} frames{lost}")
         return 0
+    if (args.out_ark is None) != (args.out_scp is None):
+        raise ConfigError("--out-ark and --out-scp go together")
     started = time.monotonic()
     directory = args.data / "fbank"
     if args.out_ark is None or args.out_scp is None:

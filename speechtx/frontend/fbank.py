@@ -18,7 +18,10 @@ DEFAULT_BACKEND: Backend = "kaldi-native-fbank"
 
 
 class Fbank:
-    """Turns samples into features; both backends agree within float32 rounding (5e-3 at most, 1e-5 on average).
+    """Turns samples into features; both backends agree within float32 rounding.
+
+    That is 5e-3 at most and 1e-5 on average (natural logarithms), but for the rare bin whose energy lies e^20 or more below its
+    frame's loudest, where float32 has no digits left: 6 of AN4's 20.2 million values differ by more, by 0.02 at most.
 
     Args:
         config: the feature configuration.

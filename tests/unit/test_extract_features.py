@@ -233,6 +233,11 @@ def test_the_verb_gives_the_same_features_with_every_library(
         assert np.abs(matrix - plain[key]).max() < 0.2  # compressed
 
 
+def test_one_output_without_the_other_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fbank", "--data", str(make_data(tmp_path)), "--out-ark", str(tmp_path / "f.ark")]) == 1
+    assert "--out-ark and --out-scp go together" in capsys.readouterr().err
+
+
 @pytest.fixture
 def step(repo: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:

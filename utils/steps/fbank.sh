@@ -8,7 +8,7 @@
 #   --cmd COMMAND        runs the jobs (default utils/parallel/run.sh)
 #   --config FILE        features (default conf/fbank.yaml)
 #   --compress           Kaldi's lossy 8-bit compression
-#   --backend NAME       kaldi-native-fbank (default) or torchaudio
+#   --backend NAME       kaldi-native-fbank (default) or torchaudio (faster from 20 minutes of audio a job on)
 #   --ark-backend NAME   kaldiio (default) or kaldi_native_io
 #   --allow-pipes        run the commands in wav.scp
 #
@@ -47,7 +47,7 @@ watch_progress() {
         elapsed = now - start
         if (!done) exit
         left = elapsed / done * (utterances - done)
-        printf "\r  fbank %d/%d utterances, %.0f/s, %.0f x real time, %d:%02d left \033[K", done, utterances, done / elapsed, audio / elapsed, left / 60, left % 60
+        printf "  fbank %d/%d utterances, %.0f/s, %.0f x real time, %d:%02d left\033[K\r", done, utterances, done / elapsed, audio / elapsed, left / 60, left % 60
       }' >&2 || true
   done
 }
@@ -68,7 +68,7 @@ fi
 "${runner[@]}" "JOB=1:$nj" "$data/fbank/log/fbank.JOB.log" speechtx fbank "${options[@]}" --job JOB --num-jobs "$nj"
 if [[ -n $watcher ]]; then
   kill "$watcher" 2>/dev/null || true
-  printf '\r\033[K' >&2
+  printf '\033[K' >&2
 fi
 
 speechtx fbank --data "$data" --config "$config" --num-jobs "$nj" --merge
