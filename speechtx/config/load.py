@@ -73,8 +73,7 @@ def parse_config(text: str, schema: type[SchemaT], overrides: Sequence[str] = ()
     try:
         return schema.model_validate(raw)
     except ValidationError as err:
-        problems = [_describe(problem, schema, lines, source) for problem in err.errors()]
-        raise ConfigError("\n".join(problems)) from None
+        raise ConfigError("\n".join(_describe_all(err.errors(), schema, lines, source))) from None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -89,25 +88,25 @@ def config_hash(config: BaseModel) -> str:
 
 
 def _parse_yaml(text: str, source: str, lines: dict[Loc, str]) -> Any:
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        if node is None:
-            return None
-        return _construct(loader, node, (), source, lines)
+        return None if node is None else _construct(loader, node, (), source, lines)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark or err.context_mark
         where = f"{source}:{mark.line + 1}" if mark else source
         raise ConfigError(f"{where}: not valid YAML: {err.problem or err.context}") from None
-    except yaml.YAMLError as err:
+    except (yaml.YAMLError, ValueError, RecursionError) as err:  # control characters; dates such as 2026-13-40; nesting
+        if isinstance(err, ConfigError):
+            raise
         raise ConfigError(f"{source}: not valid YAML: {err}") from None
-    finally:
-        loader.dispose()
 
 
 def _construct(loader: _Loader, node: yaml.Node, loc: Loc, source: str, lines: dict[Loc, str]) -> Any:
     """Builds plain values out of YAML nodes, noting for every key where it stands."""
     lines.setdefault(loc, f"{source}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.CollectionNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise ConfigError(f"{source}:{node.start_mark.line + 1}: not valid YAML here: the tag {node.tag}; only plain values are read")
     if isinstance(node, yaml.MappingNode):
         loader.flatten_mapping(node)  # merge keys: `<<: *anchor`
         mapping: dict[Any, Any] = {}
@@ -147,34 +146,35 @@ def _apply_override(raw: dict[str, Any], override: str, lines: dict[Loc, str]) -
     lines[tuple(keys)] = where
 
 
-def _describe(problem: Any, schema: type[BaseModel], lines: dict[Loc, str], source: str) -> str:
-    loc: Loc = tuple(problem["loc"])
-    known = loc
-    while known and known not in lines:
-        known = known[:-1]
-    where = lines.get(known, source)
-    name = ".".join(str(part) for part in loc if not _is_branch_name(part, loc, lines)) or "(top level)"
+def _describe_all(problems: Sequence[Any], schema: type[BaseModel], lines: dict[Loc, str], source: str) -> list[str]:
+    """One line a place; where a value may be of several types, pydantic reports each, and they are joined by `or`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        loc: Loc = tuple(problem["loc"])
+        known = loc
+        while known and known not in lines:
+            known = known[:-1]
+        name = loc if problem["type"] == "missing" else known
+        place = lines.get(known, source), ".".join(map(str, name)) or "(top level)"
+        found.setdefault(place, []).append(_message(problem, schema))
+    return [f"{where}: {name}: {'; or '.join(dict.fromkeys(messages))}" for (where, name), messages in found.items()]
+
+
+def _message(problem: Any, schema: type[BaseModel]) -> str:
+    kind, value = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        *section, key = problem["loc"]
+        valid = _field_names(schema, tuple(section))
+        near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+        return "unknown key; " + (f"did you mean '{near[0]}'?" if near else f"valid keys here: {', '.join(valid)}")
+    if kind == "missing":
+        return "required key is missing"
+    if kind == "literal_error":
+        wanted = problem["ctx"]["expected"]
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", wanted), n=1, cutoff=0.5)
+        return f"{value!r} is not {wanted}" + (f"; did you mean '{near[0]}'?" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        valid = _field_names(schema, loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid keys here: {', '.join(valid)}"
-        message = f"unknown key; {hint}"
-    elif problem["type"] == "missing":
-        message = "required key is missing"
-    elif problem["type"] == "literal_error":
-        wanted = problem.get("ctx", {}).get("expected", "")
-        near = difflib.get_close_matches(str(problem["input"]), re.findall(r"'([^']*)'", wanted), n=1, cutoff=0.5)
-        message = f"{problem['input']!r} is not one of {wanted}" + (f"; did you mean '{near[0]}'?" if near else "")
-    elif problem["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, found {problem['input']!r}"
-    return f"{where}: {name}: {message}"
-
-
-def _is_branch_name(part: Key, loc: Loc, lines: dict[Loc, str]) -> bool:
-    """Pydantic adds the tried branch of a union to the location; those names are noise to a reader."""
-    index = loc.index(part)
-    return isinstance(part, str) and index > 0 and loc[: index + 1] not in lines and loc[:index] in lines and "[" in part
+    return message if kind == "value_error" else f"{message[0].lower()}{message[1:]}, found {value!r}"
 
 
 def _field_names(schema: type[BaseModel], loc: Loc) -> list[str]:
