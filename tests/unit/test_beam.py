@@ -187,6 +187,17 @@ def test_a_wide_ctc_beam_finds_the_most_likely_text_of_all(seed):
     assert [(h.tokens, pytest.approx(h.score, abs=1e-6)) for h in found] == best
 
 
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 10**6), length_bonus=st.sampled_from([-0.5, 0.0, 0.7, 1.5]))
+def test_the_search_never_stops_before_a_better_hypothesis_could_end(seed, length_bonus):
+    """The plain search never stops early; with one best asked for and a bonus for length, the fast one is tempted to."""
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = (3 * torch.randn(1, 7, 5, generator=generator)).log_softmax(-1)
+    config = DecodeConfig(beam=3, nbest=1, ctc_weight=1.0, length_bonus=length_bonus)
+    (fast,) = beam_search(ctc_only(log_probs), log_probs, torch.tensor([7]), config)  # type: ignore[arg-type]
+    assert_same(fast, reference_search(ctc_only(log_probs), log_probs[0], config))  # type: ignore[arg-type]
+
+
 def test_hypotheses_hold_no_blank_no_end_and_at_most_the_configured_length():
     model = sharp_model(6)
     enc_out, enc_lens = encode(model, [80, 40])
