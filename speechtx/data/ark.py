@@ -146,8 +146,8 @@ def read_scp(path: str | Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as err:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {err}") from None
     table: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        key, _, location = line.strip().partition(" ")
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+        key, location = [*line.split(None, 1), "", ""][:2]
         location = location.strip()
         if not location:
             raise DataError(f"{path}:{number}: expected `key file.ark:offset`, found {line!r}")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from speechtx.frontend.fbank import DEFAULT_BACKEND, Backend, Fbank
 # A stage that loses more of its data than this has failed (Kaldi's steps/make_fbank.sh draws the same line).
 MIN_EXTRACTED = 0.95
 _PROGRESS_SECONDS = 0.5
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def extract_shard(
     frames, seconds = 0, 0.0
     progress = _Progress(scp.with_suffix(".progress"), len(sources))
     with ArkWriter(ark=ark, scp=scp, compress=compress, backend=ark_backend) as writer:
-        for number, source in enumerate(sources, start=1):
+        for number, source in enumerate(_with_progress(sources, "fbank"), start=1):
             try:
                 samples = load_audio(
                     source.audio,
@@ -211,7 +214,7 @@ def compute_cmvn(data_dir: str | Path) -> tuple[CmvnStats, int]:
     locations = read_scp(data_dir / "feats.scp")
     speakers = read_utt2spk(data_dir / "utt2spk")
     stats: dict[str, CmvnStats] = {}
-    for utterance, location in _with_progress(locations.items(), len(locations)):
+    for utterance, location in _with_progress(locations.items(), "cmvn"):
         if utterance not in speakers:
             raise DataError(f"{data_dir / 'utt2spk'}: utterance {utterance} of feats.scp has no speaker")
         own = CmvnStats.from_feats(read_matrix(location, key=utterance))
@@ -266,10 +269,10 @@ class _Progress:
             self._written = time.monotonic()
 
 
-def _with_progress(items: Iterable[tuple[str, str]], total: int) -> Iterable[tuple[str, str]]:
+def _with_progress(items: Collection[Item], what: str) -> Iterable[Item]:
     """A progress bar on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         return items
     from tqdm import tqdm
 
-    return tqdm(items, total=total, unit="utt", desc="cmvn", leave=False)
+    return tqdm(items, unit="utt", desc=what, leave=False)

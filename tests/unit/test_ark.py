@@ -205,6 +205,13 @@ def test_commands_in_locations_never_run(tmp_path: Path, backend: Backend) -> No
     assert not witness.exists()
 
 
+def test_a_table_may_separate_by_tabs_and_may_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "f.scp").write_text("a\tdir name/f.ark:1\nb  f.ark:2\n")
+    assert read_scp(tmp_path / "f.scp") == {"a": "dir name/f.ark:1", "b": "f.ark:2"}
+    (tmp_path / "f.scp").write_text("")
+    assert read_scp(tmp_path / "f.scp") == {}
+
+
 class Bomb:
     """Unpickling this creates a file; kaldiio unpickles what it finds behind the letters PKL."""
 

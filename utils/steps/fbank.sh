@@ -54,8 +54,9 @@ watch_progress() {
 
 # What an earlier run left would point into archives that are about to change.
 mkdir -p "$data/fbank/log"
-rm -f "$data"/{feats.scp,utt2num_frames,utt2dur,fbank.yaml,cmvn.scp,global_cmvn.ark} "$data"/fbank/{feats.*,cmvn.ark,skipped.txt,log/fbank.*.log}
+rm -f "$data"/{feats.scp,utt2num_frames,utt2dur,fbank.yaml,cmvn.scp,global_cmvn.ark} "$data"/fbank/{feats.*,.feats.*,cmvn.ark,skipped.txt,log/fbank.*.log}
 
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # the jobs are the parallelism
 options=(--data "$data" --config "$config" --backend "$backend" --ark-backend "$ark_backend")
 $compress && options+=(--compress)
 $allow_pipes && options+=(--allow-pipes)
