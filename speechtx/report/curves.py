@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from speechtx.config.atomic import replacing
 from speechtx.config.errors import ExperimentError
 
-TRAIN = {"color": "#7a7a7a", "linestyle": "--"}
-DEV = {"color": "#0b5fa5", "linestyle": "-"}
+TRAIN: dict[str, Any] = {"color": "#7a7a7a", "linestyle": "--"}
+DEV: dict[str, Any] = {"color": "#0b5fa5", "linestyle": "-"}
 
 
 def plot_curves(metrics: Path, out: Path) -> None:
