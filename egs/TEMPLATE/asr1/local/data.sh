@@ -44,7 +44,6 @@
 #       write_table(out / table, values)
 #   PYTHON
 #       speechtx data fix "data/$name"
-#       speechtx data validate "data/$name"
 #   done
 #
 # Larger examples: egs/an4 (an archive with its own lists), egs/yesno (names that are transcripts), egs/mini (audio made on the spot).

@@ -38,6 +38,3 @@ source=(--url "$url")
 
 python3 utils/data/fetch_archive.py "${source[@]}" "${known[@]}" --max-mib 512 --out corpus/an4_sphere
 python3 local/prepare.py --corpus corpus/an4_sphere/an4 --data data
-for name in train_nodev train_dev test; do
-    speechtx data validate "data/$name"
-done

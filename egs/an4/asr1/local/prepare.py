@@ -32,7 +32,7 @@ from speechtx.config.errors import AudioError, DataError, SpeechtxError
 
 NUM_TRAIN, NUM_DEV, NUM_TEST = 948, 100, 130
 DEV_WORDS, TEST_WORDS = 591, 773
-_TRANSCRIPT = re.compile(r"^(?:<s>\s+)?(?P<words>.*?)(?:\s+</s>)?\s*\((?P<file>[^()\s]+)\)$")
+_TRANSCRIPT = re.compile(r"(?P<words>.*)\((?P<file>[^()\s]+)\)")
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ def read_subset(corpus: Path, name: str) -> list[Utterance]:
     transcription = corpus / "etc" / f"an4_{name}.transcription"
     words: dict[str, str] = {}
     for number, line in enumerate(_lines(transcription), start=1):
-        match = _TRANSCRIPT.match(line.strip())
-        if not match or not match["words"].strip():
+        match = _TRANSCRIPT.fullmatch(line.strip())
+        spoken = [word for word in match["words"].split() if word not in ("<s>", "</s>")] if match else []
+        if not match or not spoken:
             raise DataError(f"{transcription}:{number}: expected '<s> WORDS </s> (file-id)', found {line!r}")
         if match["file"] in words:
             raise DataError(f"{transcription}:{number}: {match['file']} is transcribed twice")
-        words[match["file"]] = " ".join(match["words"].split())
+        words[match["file"]] = " ".join(spoken)
 
     fileids = corpus / "etc" / f"an4_{name}.fileids"
     utterances = []

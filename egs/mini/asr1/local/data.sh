@@ -27,6 +27,3 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . ./path.sh
 
 python3 local/synthesize.py --corpus corpus/synthetic --data data ${options[@]+"${options[@]}"}
-for name in train dev test; do
-    speechtx data validate "data/$name"
-done

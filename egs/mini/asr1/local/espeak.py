@@ -11,9 +11,11 @@ the same things in the same order.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -39,19 +41,14 @@ class Espeak:
     """
 
     def __init__(self) -> None:
+        package = _package()
         try:
-            import espeakng_loader
-        except ImportError as error:
-            raise DataError(
-                "the synthesiser is missing: Python package espeakng-loader. Run tools/install.sh, or pip install espeakng-loader"
-            ) from error
-        try:
-            self._lib = ctypes.CDLL(espeakng_loader.get_library_path())
+            self._lib = ctypes.CDLL(package.get_library_path())
         except OSError as error:
             raise DataError(f"eSpeak NG cannot be loaded on this machine: {error}") from error
         self._declare()
         self._short = None
-        data = Path(espeakng_loader.get_data_path())
+        data = Path(package.get_data_path())
         if len(os.fsencode(data)) > _LONGEST_PATH:
             self._short = tempfile.TemporaryDirectory(prefix="espeak")
             link = Path(self._short.name) / "espeak-ng-data"
@@ -135,7 +132,18 @@ class Espeak:
 
 
 def variants() -> list[str]:
-    """Names of the voice variants that come with the library, such as `f3`."""
-    import espeakng_loader
+    """Names of the voice variants that come with the library, such as `f3`.
 
-    return sorted(path.name for path in Path(espeakng_loader.get_data_path(), "voices", "!v").iterdir())
+    Raises:
+        DataError: `espeakng-loader` is not installed.
+    """
+    return sorted(path.name for path in Path(_package().get_data_path(), "voices", "!v").iterdir())
+
+
+def _package() -> ModuleType:
+    try:
+        return importlib.import_module("espeakng_loader")
+    except ImportError as error:
+        raise DataError(
+            "the synthesiser is missing: Python package espeakng-loader. Run tools/install.sh, or pip install espeakng-loader"
+        ) from error

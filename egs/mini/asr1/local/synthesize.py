@@ -6,8 +6,8 @@ that the whole pipeline can run and be checked in minutes without a download; er
 Sets are disjoint in voices (eSpeak variants) and in sentences. Each utterance draws, from a generator seeded with the corpus seed
 and its id: speaking rate, pitch, intonation, pauses between words, silence around the speech, a kind of noise, a signal to noise
 ratio of 12 to 30 dB, and a peak level of -20 to -3 dB. Files are 16 kHz, 16 bit, mono wav. A seed and the sizes fix every byte
-(with one version of eSpeak NG, NumPy and soxr; another processor may round differently). eSpeak NG itself is GPL-3.0; what it says
-is yours.
+(with one version of eSpeak NG, NumPy and soxr; another processor may round differently). eSpeak NG itself is GPL-3.0; what it
+says is yours.
 
 Layout: <corpus>/wav/<speaker>/<speaker>-<number>.wav and <corpus>/corpus.json, which says how it was made.
 """

@@ -43,6 +43,3 @@ source=(--url "$url")
 
 python3 utils/data/fetch_archive.py "${source[@]}" "${known[@]}" --max-mib 64 --out corpus/yesno
 python3 local/prepare.py --corpus corpus/yesno/waves_yesno --data data --concat "$concat" --seed "$seed"
-for name in train dev test; do
-    speechtx data validate "data/$name"
-done

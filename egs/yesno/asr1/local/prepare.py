@@ -1,9 +1,9 @@
 """yesno: Kaldi's smallest real corpus, as Kaldi data directories.
 
-The corpus: 60 recordings of one man who says eight words each, every one either yes or no; 8 kHz, 16 bit, six minutes in all, made
-to test Kaldi (openslr.org/1). OpenSLR calls the language Hebrew, the README in some copies of the archive English; the words are
-transcribed as YES and NO either way. The archive names no licence; its README says it exists so that scripts can be tested for
-free.
+The corpus: 60 recordings of one man who says eight words each, every one either yes or no; 8 kHz, 16 bit, six minutes in all,
+made to test Kaldi (openslr.org/1). OpenSLR calls the language Hebrew, the README in some copies of the archive English; the words
+are transcribed as YES and NO either way. The archive names no licence; its README says it exists so that scripts can be tested
+for free.
 
 Layout: waves_yesno/1_0_1_1_1_0_1_0.wav; the name is the transcript, 1 for yes and 0 for no.
 
