@@ -11,7 +11,7 @@ from pathlib import Path
 
 from speechtx.config.errors import DataError
 from speechtx.data.kaldi_checks import check_data_dir
-from speechtx.data.kaldi_table import TABLES, Segment, read_segments, read_table, read_utt2spk, write_table
+from speechtx.data.kaldi_table import TABLES, Segment, format_table, read_segments, read_table, read_utt2spk, write_table
 
 __all__ = [
     "CARRIED",
@@ -107,7 +107,7 @@ def write_data_dir(dest: str | Path, tables: Mapping[str, Mapping[str, str]], ca
             new = Path(staging) / "new"
             new.mkdir()
             for name, values in contents.items():
-                write_table(new / name, values)
+                (new / name).write_bytes(format_table(values))
             for name, source in carried.items():
                 shutil.copyfile(source, new / name)
             if not dest.exists():

@@ -152,13 +152,16 @@ def split_data_dir(path: str | Path, num: int, *, per_utt: bool = False) -> tupl
     elif not per_utt:
         notes = (f"{path}: some speakers are in two parts, because there are {len(by_speaker)} speakers for {num} parts",)
     name = f"split{num}utt" if per_utt else f"split{num}"
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=path) as staging:
-        new = Path(staging) / "new"
-        for number, part in enumerate(_partition(groups, weights, num), start=1):
-            write_data_dir(new / str(number), restrict(tables, set(part)), _carried(path))
-        if (path / name).exists():
-            os.replace(path / name, Path(staging) / "old")
-        os.replace(new, path / name)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=path) as staging:
+            new = Path(staging) / "new"
+            for number, part in enumerate(_partition(groups, weights, num), start=1):
+                write_data_dir(new / str(number), restrict(tables, set(part)), _carried(path))
+            if (path / name).exists():
+                os.replace(path / name, Path(staging) / "old")
+            os.replace(new, path / name)
+    except OSError as err:
+        raise DataError(f"{path / name}: cannot be written: {err}") from None
     return [path / name / str(number) for number in range(1, num + 1)], notes
 
 

@@ -8,7 +8,6 @@ repairs most. Nothing a table points to is opened here.
 from __future__ import annotations
 
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from speechtx.config.atomic import replacing
 from speechtx.config.errors import DataError
 
 Kind = Literal[
@@ -181,18 +181,11 @@ def scan_table(path: str | Path, *, report: Report) -> Table:
 
 def write_table(path: str | Path, values: Mapping[str, str]) -> None:
     """Writes a table sorted in C order, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as out:
+        with replacing(path, "wb") as out:
             out.write(format_table(values))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
     except OSError as err:
         raise DataError(f"{path}: cannot be written: {err.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def format_table(values: Mapping[str, str]) -> bytes:

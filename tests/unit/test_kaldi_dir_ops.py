@@ -61,7 +61,7 @@ def small(path: Path, utt2spk: dict[str, str], **more: dict[str, str]) -> Path:
     return path
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data_dirs())
 def test_any_valid_directory_passes_and_needs_no_fixing(tables: Tables) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def test_any_valid_directory_passes_and_needs_no_fixing(tables: Tables) -> None:
         assert not (data / ".backup").exists()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data_dirs(min_utts=3), st.integers(1, 3), st.booleans())
 def test_split_and_combine_give_the_original_back(tables: Tables, num: int, per_utt: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def test_split_and_combine_give_the_original_back(tables: Tables, num: int, per_
         assert sorted_tables(joined) == sorted_tables(data) == tables
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data_dirs(min_utts=2), st.data())
 def test_subset_of_all_and_copy_give_the_original_back(tables: Tables, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -328,6 +328,28 @@ def test_writing_over_an_older_directory_removes_stale_tables_and_nothing_else(t
     assert sorted(os.listdir(old)) == ["notes.txt", "spk2utt", "text", "utt2spk", "wav.scp"]
     assert read_table(old / "text") == {"b-1": "words"}
     assert sorted(os.listdir(tmp_path)) == ["new", "old"], "no temporary files are left"
+
+
+def test_a_failed_write_leaves_the_older_directory_as_it_was(tmp_path: Path) -> None:
+    data = small(tmp_path / "data", {"a-1": "a"})
+    before = {file.name: file.read_bytes() for file in data.iterdir()}
+    tables: Tables = {"utt2spk": {"b-1": "b"}, "text": {"b-1": "words"}}
+    for dest in (data, tmp_path / "new", data / "text", data / "text" / "below"):
+        with pytest.raises(DataError, match="cannot be written"):
+            write_data_dir(dest, tables, {"fbank.yaml": tmp_path / "missing"})
+    assert before == {file.name: file.read_bytes() for file in data.iterdir()}
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_a_split_that_cannot_be_written_keeps_the_older_one(tmp_path: Path) -> None:
+    data = small(tmp_path / "data", {"a-1": "a", "b-1": "b"})
+    split_data_dir(data, 2)
+    before = {file: file.read_bytes() for file in data.rglob("*") if file.is_file()}
+    (data / "fbank.yaml").symlink_to(tmp_path)  # a folder cannot be copied as a file
+    with pytest.raises(DataError, match="cannot be written"):
+        split_data_dir(data, 2)
+    (data / "fbank.yaml").unlink()
+    assert before == {file: file.read_bytes() for file in data.rglob("*") if file.is_file()}
 
 
 def test_perturb_speed_repeats_utterances_and_says_at_what_speed(tmp_path: Path) -> None:
