@@ -189,7 +189,8 @@ def check_sclite() -> Finding:
     from speechtx.scoring.sclite import find_sclite
 
     try:
-        return Finding("sclite", str(find_sclite()))
+        found = find_sclite()
+        return Finding("sclite", f"{found.version}, {found.path}")
     except SpeechtxError as err:
         return Finding("sclite", str(err), "run tools/install_sctk.sh")
 

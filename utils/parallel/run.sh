@@ -83,6 +83,7 @@ stop() {
   trap '' INT TERM HUP
   local group
   for group in "${groups[@]}"; do kill -TERM -- "-$group" 2>/dev/null || true; done
+  { wait || true; } 2>/dev/null
   printf 'run.sh: stopped by signal; the jobs were ended\n' >&2
   exit "$1"
 }
@@ -91,6 +92,7 @@ trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
 
+((first == last)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((num_threads > 0 ? num_threads : 1))} # jobs share the processors
 set -m   # job control: every background job gets its own process group
 for ((job = first; job <= last; job++)); do
   while ((max_jobs_run <= $(jobs -rp | wc -l))); do wait -n || true; done

@@ -50,7 +50,7 @@ if begin_stage 2 "filterbank features and CMVN of ${all_sets[*]}"; then
 fi
 
 if begin_stage 3 "tokenizer in $tokenizer"; then
-  utils/steps/bpe.sh --config "$train_config" "${overrides[@]}" "data/$train_set" "$tokenizer"
+  utils/steps/bpe.sh --config "$train_config" "${overrides[@]}" --report "data/$dev_set/text" "data/$train_set/text" "$tokenizer"
   end_stage
 fi
 
@@ -76,8 +76,9 @@ fi
 
 if begin_stage 7 "scoring with sclite"; then
   for name in "$dev_set" "${test_sets[@]}"; do
-    utils/steps/score.sh "$exp" "data/$name" "$(decode_dir "$name")"
+    utils/steps/score.sh "data/$name" "$(decode_dir "$name")"
   done
+  speechtx results --exp "$exp"
   end_stage
 fi
 

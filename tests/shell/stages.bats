@@ -1,0 +1,223 @@
+#!/usr/bin/env bats
+# Selecting and skipping stages: utils/stages.sh and `speechtx stamp`, under the real run.sh of TEMPLATE with steps that only write files.
+
+# One finished recipe is made for all tests; most of them begin with a copy of it.
+setup_file() {
+  make_recipe "$BATS_FILE_TMPDIR/finished"
+  cd "$T/egs/x/asr1"
+  ./run.sh >/dev/null
+  rm "$T/calls"
+}
+
+finished() {
+  export T=$BATS_TEST_TMPDIR/finished
+  cp -a "$BATS_FILE_TMPDIR/finished" "$T"
+  cd "$T/egs/x/asr1"
+}
+
+fresh() {
+  make_recipe "$BATS_TEST_TMPDIR/fresh"
+  cd "$T/egs/x/asr1"
+}
+
+make_recipe() {
+  export T=$1
+  local root real
+  root=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
+  real=$(command -v "$root/.venv/bin/speechtx" || command -v speechtx)
+  mkdir -p "$T/.venv/bin" "$T/utils/steps" "$T/egs/x"
+  cp -R "$root/egs/TEMPLATE/asr1" "$T/egs/x/asr1"
+  ln -s "$root/utils/stages.sh" "$root/utils/parse_options.sh" "$root/utils/parallel" "$T/utils/"
+  program "$T/.venv/bin/speechtx" "
+    [[ \$1 != stamp ]] || exec '$real' \"\$@\"
+    [[ \$1 != results ]] || echo '| test | 1.2 |' >\"\$3/RESULTS.md\""
+  program "$T/utils/steps/check.sh" 'echo "check $*" >>"$T/calls"'
+  program "$T/egs/x/asr1/local/data.sh" '
+    echo data >>"$T/calls"
+    for name in train dev test; do
+      mkdir -p data/$name
+      echo "utt $name.wav" >data/$name/wav.scp
+      echo "utt spk" >data/$name/utt2spk
+      echo "utt ${WORDS:-HELLO}" >data/$name/text
+    done'
+  program "$T/utils/steps/fbank.sh" '
+    dir=${!#}
+    echo "fbank $dir" >>"$T/calls"
+    cat conf/fbank.yaml >"$dir/fbank.yaml"
+    for file in feats.scp utt2num_frames global_cmvn.ark; do cat "$dir/wav.scp" conf/fbank.yaml >"$dir/$file"; done'
+  program "$T/utils/steps/bpe.sh" '
+    echo bpe >>"$T/calls"
+    mkdir -p "${!#}"
+    cat data/train/text conf/train.yaml | grep -E "HELLO|BYE|vocab_size" >"${!#}/tokens.txt"'
+  program "$T/utils/steps/train.sh" '
+    echo "train $*" >>"$T/calls"
+    [[ ! -e $T/fail_train ]] || { echo "out of luck" >&2; exit 3; }
+    mkdir -p "${!#}"
+    cat conf/train.yaml >"${!#}/config.yaml"'
+  program "$T/utils/steps/average.sh" 'echo average >>"$T/calls"; date +%s%N >"$1/model.pt"'
+  program "$T/utils/steps/decode.sh" 'echo "decode ${!#}" >>"$T/calls"; mkdir -p "${!#}"; date +%s%N >"${!#}/text"'
+  program "$T/utils/steps/score.sh" 'echo score >>"$T/calls"'
+}
+
+program() {
+  printf '#!/usr/bin/env bash\nset -euo pipefail\n%s\n' "$2" >"$1"
+  chmod +x "$1"
+}
+
+# The stages that did something since the last call, without check.
+calls() {
+  cut -d' ' -f1 "$T/calls" | grep -v check | uniq | tr '\n' ' '
+  rm "$T/calls"
+}
+
+@test "all stages run in order, and the scores and their places are shown" {
+  fresh
+  run ./run.sh --nj 1
+  [ "$status" -eq 0 ]
+  [ "$(calls)" = "data fbank bpe train average decode score " ]
+  [[ $output =~ '['20..-..-..' '..:..:..'] stage 2 fbank: ' ]]
+  [[ $output == *"| test | 1.2 |"* ]]
+  [[ $output == *"$PWD/exp/train/RESULTS.md"* ]]
+}
+
+@test "a second run skips every stage" {
+  finished
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [ "$(calls)" = "" ]
+  [ "$(grep -c 'up to date (finished 20' <<<"$output")" -eq 7 ]
+}
+
+@test "a changed feature configuration reruns from stage 2, and says what changed" {
+  finished
+  sed -i 's/^num_mel_bins: .*/num_mel_bins: 40/' conf/fbank.yaml
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [ "$(calls)" = "fbank train average decode score " ]
+  [[ $output == *"stage 2 fbank: "*"changed: num_mel_bins in conf/fbank.yaml"* ]]
+}
+
+@test "a changed tokenizer section leaves data and features alone" {
+  finished
+  sed -i 's/vocab_size: .*/vocab_size: 77/' conf/train.yaml
+  run ./run.sh
+  [ "$(calls)" = "bpe train average decode score " ]
+  [[ $output == *"changed: tokenizer.vocab_size in conf/train.yaml"* ]]
+}
+
+@test "another model starts anew, more epochs continue" {
+  finished
+  sed -i 's/  epochs: .*/  epochs: 51/' conf/train.yaml
+  run ./run.sh
+  grep -q 'train .*--restart=false' "$T/calls"
+  [ "$(calls)" = "train average decode score " ]
+  sed -i 's/    dim: .*/    dim: 128/' conf/train.yaml
+  run ./run.sh
+  grep -q 'train .*--restart=true' "$T/calls"
+  [[ $output == *"stage 4 train: "*"changed: model.encoder.dim in conf/train.yaml"* ]]
+}
+
+@test "a comment in a configuration changes nothing" {
+  finished
+  echo '# a thought' >>conf/train.yaml
+  run ./run.sh
+  [ "$(calls)" = "" ]
+}
+
+@test "another decoding configuration only decodes and scores again" {
+  finished
+  sed -i 's/^beam: .*/beam: 3/' conf/decode.yaml
+  run ./run.sh
+  [ "$(calls)" = "decode score " ]
+}
+
+@test "new transcripts from stage 1 reach every stage that reads them" {
+  finished
+  echo '# new' >>local/data.sh
+  WORDS=BYE run ./run.sh
+  [ "$(calls)" = "data fbank bpe train average decode score " ]
+}
+
+@test "stage 1 running again with the same result does not train again" {
+  finished
+  echo '# new' >>local/data.sh
+  run ./run.sh
+  [ "$(calls)" = "data fbank " ]
+}
+
+@test "a failed stage stops the recipe with its status, says so, and runs again" {
+  fresh
+  touch "$T/fail_train"
+  run ./run.sh
+  [ "$status" -eq 3 ]
+  [[ $output == *"out of luck"* ]]
+  [[ $output == *"stage 4 train did not finish (status 3)"* ]]
+  [ "$(calls)" = "data fbank bpe train " ]
+  rm "$T/fail_train"
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [[ $output == *"stage 4 train: "*"again, because it did not finish"* ]]
+  [ "$(calls)" = "train average decode score " ]
+}
+
+@test "a result that was removed is made again" {
+  finished
+  rm data/dev/feats.scp
+  run ./run.sh
+  [ "$(calls)" = "fbank " ]
+  [[ $output == *"gone: data/dev/feats.scp"* ]]
+}
+
+@test "stages are selected by number and by name" {
+  fresh
+  run ./run.sh --stage data --stop-stage 2
+  [ "$(calls)" = "data fbank " ]
+  run ./run.sh --stage 3 --stop-stage bpe
+  [ "$(calls)" = "bpe " ]
+}
+
+@test "unknown stages and reversed ranges are errors before anything runs" {
+  fresh
+  run ./run.sh --stage feats
+  [ "$status" -eq 2 ]
+  [[ $output == *"unknown stage 'feats'"*"2 fbank"* ]]
+  run ./run.sh --stage train --stop-stage 2
+  [ "$status" -eq 2 ]
+  run ./run.sh train
+  [ "$status" -eq 2 ]
+  run ./run.sh --stpo-stage 2
+  [ "$status" -eq 2 ]
+  [[ $output == *"did you mean --stop-stage?"* ]]
+  [ ! -e "$T/calls" ]
+}
+
+@test "--force runs the selected stages although nothing changed" {
+  finished
+  run ./run.sh --stage decode --stop-stage decode --force
+  [ "$(calls)" = "decode " ]
+}
+
+@test "--restart trains from nothing although nothing changed" {
+  finished
+  run ./run.sh --restart --stop-stage train
+  grep -q 'train .*--restart=true' "$T/calls"
+}
+
+@test "seed and overrides have experiment directories of their own" {
+  fresh
+  ./run.sh --stop-stage train
+  run ./run.sh --stop-stage train --seed 2 --set model.encoder.layers=3 --set training.specaugment=null
+  [ "$status" -eq 0 ]
+  [ -e exp/train/config.yaml ]
+  [ -e exp/train_encoder.layers3_training.specaugmentnull_seed2/config.yaml ]
+  run ./run.sh --stop-stage train --exp exp/mine --seed 3
+  [ -e exp/mine/config.yaml ]
+}
+
+@test "run.sh works from any folder" {
+  fresh
+  cd /
+  run "$T/egs/x/asr1/run.sh" --stop-stage data
+  [ "$status" -eq 0 ]
+  [ -e "$T/egs/x/asr1/data/train/text" ]
+}
