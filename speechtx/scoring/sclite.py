@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speechtx.config.atomic import write_text
 from speechtx.config.errors import ScoringError
 from speechtx.scoring.readable import decode_confusions, render_alignments
 from speechtx.scoring.trn import TokenTable, id_table, speaker_table, trn_id, write_trn
@@ -188,9 +189,7 @@ def join(refs: Mapping[str, object], hyps: Mapping[str, object], *, allow_missin
     unknown = sorted(set(hyps) - set(refs))
     missing = sorted(set(refs) - set(hyps))
     if unknown:
-        raise ScoringError(
-            f"{len(unknown)} hypotheses have no reference: {_some(unknown)}; is this the right reference, and are the ids the same?"
-        )
+        raise ScoringError(f"{len(unknown)} hypotheses have no reference: {_some(unknown)}; is this the right reference?")
     if missing and not allow_missing:
         raise ScoringError(
             f"{len(missing)} of {len(refs)} utterances have no hypothesis: {_some(missing)}; "
@@ -313,6 +312,4 @@ def write_score(path: Path, result: Score, *, unit: str, facts: Mapping[str, Any
         f"    {json.dumps(utt, ensure_ascii=False)}: [{c.correct}, {c.substitutions}, {c.deletions}, {c.insertions}]"
         for utt, c in result.utterances.items()
     )
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text("{\n" + ",\n".join([*lines, f'  "counts": {{\n{rows}\n  }}']) + "\n}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "{\n" + ",\n".join([*lines, f'  "counts": {{\n{rows}\n  }}']) + "\n}\n")

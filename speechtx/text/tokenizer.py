@@ -18,6 +18,7 @@ from typing import Any
 
 import sentencepiece
 
+from speechtx.config.atomic import replacing, write_text
 from speechtx.config.errors import ConfigError, DataError, ExperimentError
 from speechtx.config.schema import TokenizerConfig
 from speechtx.text.normalize import split_words, squeeze_spaces
@@ -87,8 +88,9 @@ class Tokenizer:
         """Writes `bpe.model` and `tokens.txt` (one `piece id` a line, a Kaldi symbol table) into the directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        _write_whole(directory / MODEL_FILE, self.model_proto)
-        _write_whole(directory / TOKENS_FILE, self.tokens_text().encode())
+        with replacing(directory / MODEL_FILE, "wb") as stream:
+            stream.write(self.model_proto)
+        write_text(directory / TOKENS_FILE, self.tokens_text())
 
     def tokens_text(self) -> str:
         """What `tokens.txt` holds."""
@@ -227,16 +229,6 @@ def _check_characters(text: str) -> None:
         raise DataError(f"character U+{ord(bad[0]):04X} is reserved by sentencepiece; remove it from transcript {text[:80]!r}")
     if bad := _NOT_UTF8.search(text):
         raise DataError(f"surrogate U+{ord(bad[0]):04X} is not text; the transcript was not read as UTF-8: {text[:80]!r}")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- unknown tokens

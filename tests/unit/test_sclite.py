@@ -27,9 +27,11 @@ def sclite_is_missing() -> bool:
 needs_sclite = pytest.mark.skipif(sclite_is_missing(), reason="NIST sclite is not installed (tools/install_sctk.sh)")
 
 NASTY = [
-    "(", ")", "{", "}", "{ a / b }", "/", "\\", "@", "*", "**", ";;", ";", "<", ">", "<unk>", "<space>", "%", "%28", "(%uh)", "-", "a-",
-    "-a", "&amp;", '"', "'", ",", ":", "a:b", 'C,"a","b"', "A", "a", "É", "é", "e\u0301", "你好", "你", "שלום", "🙂", "👩‍👩‍👧", "ß",
-    "\u200d", "\u00a0", "#", "$", "`", "~", "^", "|", "[", "]", "!", "?", "=", "+", "_", ".", "1.0", "\u2581THE", "(u1)", "(all-000)", "x" * 400,
+    "(", ")", "{", "}", "{ a / b }", "/", "\\", "@", "*", "**", ";;", ";", "<", ">", "<unk>", "<space>",
+    "%", "%28", "(%uh)", "-", "a-", "-a", "&amp;", '"', "'", ",", ":", "a:b", 'C,"a","b"', "A", "a",
+    "É", "é", "e\u0301", "你好", "你", "שלום", "🙂", "👩\u200d👧", "ß", "\u200d", "\u00a0",
+    "#", "$", "`", "~", "^", "|", "[", "]", "!", "?", "=", "+", "_", ".", "1.0",
+    "\u2581THE", "(u1)", "(all-000)", "x" * 400,
 ]  # fmt: skip
 LINE = st.lists(st.sampled_from(NASTY), max_size=8)
 
@@ -100,7 +102,7 @@ def test_empty_lines_on_either_side(tmp_path: Path) -> None:
 
 @needs_sclite
 def test_a_very_long_utterance_and_a_very_long_word(tmp_path: Path) -> None:
-    ref = [f"w{i % 97}" for i in range(3000)]
+    ref = [f"w{i % 97}" for i in range(1500)]
     hyp = [*ref[:1000], *ref[1010:]]
     total = score(refs={"u": [*ref, "你" * 5000]}, hyps={"u": [*hyp, "你" * 4999]}, out_dir=tmp_path / "s").total
     assert (total.deletions, total.substitutions, total.insertions) == (10, 1, 0)

@@ -59,7 +59,7 @@ def test_training_text_comes_back_exactly_without_unicode_being_rewritten(kind: 
         assert made.decode(ids) == text
 
 
-@given(text=st.text(alphabet=sorted(set("".join(TEXTS))) + ["\t"], max_size=30))
+@given(text=st.text(alphabet=[*sorted(set("".join(TEXTS))), "\t"], max_size=30))
 def test_any_text_of_known_characters_comes_back(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     if tokenizer.unk_id not in ids:  # a character seen only inside <noise> is not known alone

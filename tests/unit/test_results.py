@@ -1,0 +1,200 @@
+"""RESULTS.md: complete, reproducible, and refused where its sources do not hold together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speechtx.bin import main
+from speechtx.scoring.sclite import Counts, Score, write_score
+
+
+def make_decoding(exp: Path, name: str, test_set: str, counts: dict[str, tuple[int, int, int, int]], **decode: Any) -> Path:
+    path = exp / f"decode_{test_set}_{name}"
+    (path / "score_wer").mkdir(parents=True)
+    text = "".join(f"{utt} X\n" for utt in counts)
+    (path / "text").write_text(text)
+    facts = {
+        "config": {"method": "beam", "beam": 10},
+        "num_utts": len(counts),
+        "failed": {},
+        "rtf": 0.0421,
+        "device": "cpu",
+        **decode,
+    }
+    (path / "decode.json").write_text(json.dumps(facts))
+    utterances = {u: Counts(correct=c, substitutions=s, deletions=d, insertions=i) for u, (c, s, d, i) in counts.items()}
+    total = sum(utterances.values(), start=Counts(correct=0, substitutions=0, deletions=0, insertions=0))
+    write_score(
+        path / "score_wer" / "score.json",
+        Score(total=total, utterances=utterances, missing=[], sclite="sclite 2.10 (SCTK 1.3)"),
+        unit="wer",
+        facts={
+            "set": test_set,
+            "reference_words": total.reference,
+            "reference_sha256": hashlib.sha256(test_set.encode()).hexdigest(),
+            "hypothesis_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "ignore_case": False,
+        },
+    )
+    return path
+
+
+def make_experiment(exp: Path, *, seed: int = 1, wrong: int = 1) -> Path:
+    exp.mkdir(parents=True)
+    run = {
+        "command": "speechtx train --config conf/train.yaml --train data/train --dev data/dev --exp exp/a",
+        "git_hash": "0123456789ab",
+        "versions": {"speechtx": "0.1.0", "torch": "2.13.0"},
+        "device": "Some CPU, 2 threads",
+        "num_parameters": 1234567,
+        "seed": seed,
+        "train_seconds": 5400.0,
+    }
+    (exp / "run.json").write_text(json.dumps(run))
+    (exp / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    (exp / "average.json").write_text(json.dumps({"by": "dev_acc", "num": 2, "epochs": [1, 2], "dev": {}}))
+    make_decoding(exp, "decode", "test", {f"u{i}": (9 - wrong, wrong, 1, 0) for i in range(10)})
+    make_decoding(exp, "decode", "dev", {f"v{i}": (8, 0, 0, 1) for i in range(4)})
+    return exp
+
+
+def results(*words: str | Path) -> int:
+    return main.main(["results", *map(str, words)])
+
+
+def test_the_page_says_what_was_scored_on_what_and_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    assert results("--exp", exp, "--note", "Synthetic speech.") == 0
+    page = (exp / "RESULTS.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    assert rows[2] == ["dev", "choosing epochs", "decode", "12.50", "12.50 - 12.50", "0", "0", "4", "4 / 32", "0.0421"]
+    assert rows[3] == ["test", "test", "decode", "20.00", "20.00 - 20.00", "10", "10", "0", "20 / 100", "0.0421"]
+    for fact in (
+        "> Synthetic speech.",
+        "test: 10 utterances, 100 words",
+        "dev: 4 utterances, 32 words",
+        "NIST sclite 2.10",
+        "parameters: 1,234,567",
+        "Some CPU, 2 threads",
+        "1.50 hours, 2 epochs, seed 1",
+        "mean of 2 epochs, best by dev_acc: 1 2",
+        "chosen by their figures on dev",
+        "git 0123456789ab; speechtx 0.1.0, torch 2.13.0",
+        "beam 10",
+        "speechtx train --config conf/train.yaml",
+        "speechtx results --exp",
+    ):
+        assert fact in page
+    assert "20.00" in capsys.readouterr().out
+
+
+def test_the_same_experiment_gives_the_same_page_but_for_the_date(tmp_path: Path) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    pages = []
+    for _ in range(2):
+        assert results("--exp", exp) == 0
+        pages.append((exp / "RESULTS.md").read_bytes().splitlines())
+    assert pages[0][:-1] == pages[1][:-1]
+    assert pages[0][-1].startswith(b"Generated on ")
+
+
+def test_several_seeds_give_mean_least_and_greatest(tmp_path: Path) -> None:
+    exps = [make_experiment(tmp_path / f"s{i}", seed=i, wrong=i) for i in (1, 2, 4)]
+    words = [word for exp in exps for word in ("--exp", exp)]
+    assert results(*words, "--out", tmp_path / "R.md") == 0
+    page = (tmp_path / "R.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| test") and "mean of 3" in line)
+    assert "33.33" in row
+    assert "min 20.00, max 50.00" in row
+
+
+def test_several_experiments_need_a_place_for_the_page_and_may_not_repeat(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exp = make_experiment(tmp_path / "a")
+    assert results("--exp", exp, "--exp", make_experiment(tmp_path / "b")) == 1
+    assert "--out" in capsys.readouterr().err
+    assert results("--exp", exp, "--exp", exp, "--out", tmp_path / "R.md") == 1
+    assert "twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("run.json", "train_seconds"),
+        ("average.json", "epochs"),
+        ("decode_test_decode/decode.json", "rtf"),
+        ("decode_test_decode/score_wer/score.json", "counts"),
+    ],
+)
+def test_a_source_that_lacks_something_is_named(file: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    content = json.loads((exp / file).read_text())
+    del content[key]
+    (exp / file).write_text(json.dumps(content))
+    assert results("--exp", exp) == 1
+    message = capsys.readouterr().err
+    assert file in message
+    assert f"lacks {key}" in message
+    (exp / file).write_text("{")
+    assert results("--exp", exp) == 1
+    assert "cannot be read as JSON" in capsys.readouterr().err
+    assert not (exp / "RESULTS.md").exists()
+
+
+@pytest.mark.parametrize("file", ["run.json", "average.json", "metrics.jsonl", "decode_dev_decode/decode.json"])
+def test_a_missing_source_is_named(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    (exp / file).unlink()
+    assert results("--exp", exp) == 1
+    assert f"{file}: no such file" in capsys.readouterr().err
+
+
+def test_a_score_that_was_edited_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    path = exp / "decode_test_decode" / "score_wer" / "score.json"
+    good = path.read_text()
+    for before, after in (('"sub": 10', '"sub": 1'), ('"errors": 20', '"errors": 2'), ('"utterances": 10', '"utterances": 11')):
+        assert before in good
+        path.write_text(good.replace(before, after))
+        assert results("--exp", exp) == 1
+        assert "score again" in capsys.readouterr().err
+
+
+def test_a_score_of_another_hypothesis_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    (exp / "decode_test_decode" / "text").write_text("u0 OTHER\n")
+    assert results("--exp", exp) == 1
+    assert "was not made from" in capsys.readouterr().err
+    assert results("--exp", exp, "--current-only") == 0
+    assert "left out until it is scored again: " in capsys.readouterr().err
+    assert "| test" not in (exp / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_experiments_scored_on_different_references_are_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = make_experiment(tmp_path / "a"), make_experiment(tmp_path / "b")
+    path = b / "decode_test_decode" / "score_wer" / "score.json"
+    path.write_text(path.read_text().replace('"reference_sha256": "', '"reference_sha256": "f'))
+    assert results("--exp", a, "--exp", b, "--out", tmp_path / "R.md") == 1
+    assert "cannot be compared" in capsys.readouterr().err
+
+
+def test_utterances_that_could_not_be_decoded_are_on_the_page(tmp_path: Path) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    make_decoding(exp, "greedy", "test", {f"u{i}": (8, 1, 1, 0) for i in range(10)}, failed={"u3": "too short"})
+    assert results("--exp", exp) == 0
+    page = (exp / "RESULTS.md").read_text(encoding="utf-8")
+    assert "decode_test_greedy: 1 utterances could not be decoded and count as empty: u3" in page
+
+
+def test_an_experiment_without_scores_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    for path in exp.glob("decode_*/score_wer/score.json"):
+        path.unlink()
+    assert results("--exp", exp) == 1
+    assert "nothing scored yet" in capsys.readouterr().err
