@@ -132,7 +132,7 @@ def _explanations(experiments: Sequence[ExperimentRecord]) -> list[str]:
     first = experiments[0].decodings[0].scores["wer"].content
     lines = [
         f"Counted by NIST {first['sclite']}. The interval is a bootstrap over utterances (10,000 draws).",
-        "CER counts the space between words as a character. RTF: time to decode (features, encoder, search) over length of audio.",
+        "CER counts the space between words as a character. RTF: time to decode (features, encoder, search) over audio time.",
     ]
     dev_sets = sorted({experiment.dev_set for experiment in experiments if experiment.dev_set})
     if dev_sets:
