@@ -13,17 +13,13 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exp", required=True, type=Path, metavar="DIR", help="experiment directory")
-    parser.add_argument("--num", type=int, metavar="N", help="how many epochs (default: the experiment's training.average.num)")
-    parser.add_argument("--by", choices=("dev_acc", "dev_loss", "last"), help="chosen by (default: the experiment's training.average.by)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from speechtx.config.schema import AverageConfig
     from speechtx.experiment.experiment import Experiment
     from speechtx.training.averaging import average_checkpoints
 
-    configured = Experiment.open(args.exp).config.training.average
-    config = AverageConfig(num=args.num or configured.num, by=args.by or configured.by)
+    config = Experiment.open(args.exp).config.training.average
     epochs = average_checkpoints(args.exp, config)
     print(f"{args.exp}/model.pt: mean of {len(epochs)} epochs by {config.by}: {' '.join(map(str, epochs))}")
     return 0

@@ -14,13 +14,17 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the experiment's YAML (conf/train.yaml)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides one value of the YAML; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides one value of the YAML; may be repeated"
+    )
     parser.add_argument("--train", required=True, type=Path, metavar="DIR", help="training data directory, with features")
     parser.add_argument("--dev", required=True, type=Path, metavar="DIR", help="dev data directory, with features")
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help="tokenizer of stage 3")
     parser.add_argument("--exp", required=True, type=Path, metavar="DIR", help="experiment directory to make or to continue")
     parser.add_argument("--seed", type=int, help="overrides the YAML's seed")
-    parser.add_argument("--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU; more: start with torchrun (default: 0)")
+    parser.add_argument(
+        "--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU; more: start with torchrun (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

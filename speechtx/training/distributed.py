@@ -41,10 +41,14 @@ class World:
             return
         with torch.no_grad():
             trained = [p for p in parameters if p.requires_grad]
-            flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [p.grad for p in trained if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in gradients])
             dist.all_reduce(flat)
-            for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-                parameter.grad = part.view_as(parameter)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view(gradient.shape))  # in place: fused optimisers need the parameter's memory layout
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -1,0 +1,87 @@
+"""Training as real processes: killed without warning and started again, and shared between two."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy_corpus import TINY, make_training_data
+
+from speechtx.training.checkpoint import load_checkpoint
+from speechtx.training.prepare import TrainingData
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return make_training_data(tmp_path_factory.mktemp("toy"))
+
+
+def command(data: TrainingData, exp: Path, *overrides: str, torchrun: int = 1) -> list[str]:
+    config = exp.parent / "train.yaml"
+    config.write_text(TINY)
+    start = [sys.executable, "-m"]
+    if torchrun > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "-m"]
+    paths = ["--train", str(data.train), "--dev", str(data.dev), "--tokenizer", str(data.tokenizer), "--exp", str(exp)]
+    sets = [word for override in overrides for word in ("--set", override)]
+    return [*start, "speechtx.bin.main", "train", "--config", str(config), *paths, *sets]
+
+
+def model_of(exp: Path) -> dict[str, torch.Tensor]:
+    state = load_checkpoint(exp / "checkpoints")
+    assert state is not None
+    return state["model"]
+
+
+def test_kill_9_at_random_moments_ends_with_the_same_bits(data: TrainingData, tmp_path: Path) -> None:
+    overrides = ("training.epochs=20", "training.checkpoint_minutes=1e-9")
+    subprocess.run(command(data, tmp_path / "straight", *overrides), check=True, capture_output=True)
+    exp = tmp_path / "killed"
+    rng = random.Random(1)
+    kills = 0
+    while kills < 2:
+        process = subprocess.Popen(command(data, exp, *overrides), stdout=subprocess.DEVNULL, start_new_session=True)
+        before = (exp / "checkpoints" / "last.pt").stat().st_mtime_ns if (exp / "checkpoints" / "last.pt").exists() else 0
+        while process.poll() is None:  # let it get past its first new checkpoint, then hit at a random moment
+            path = exp / "checkpoints" / "last.pt"
+            if path.exists() and path.stat().st_mtime_ns > before:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.3))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills, "the training ended before it could be killed: make it longer"
+    subprocess.run(command(data, exp, *overrides), check=True, capture_output=True)
+    straight, killed = model_of(tmp_path / "straight"), model_of(exp)
+    assert straight.keys() == killed.keys()
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+
+
+def test_two_processes_compute_what_one_does_with_the_same_global_batch(data: TrainingData, tmp_path: Path) -> None:
+    subprocess.run(command(data, tmp_path / "one", "training.accum_steps=2"), check=True, capture_output=True)
+    subprocess.run(command(data, tmp_path / "two", torchrun=2), check=True, capture_output=True)
+    losses = []
+    for name in ("one", "two"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([value for line in lines for part in ("train", "dev") for value in json.loads(line)[part].values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-5)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+
+
+def test_a_rank_that_fails_ends_the_job(data: TrainingData, tmp_path: Path) -> None:
+    done = subprocess.run(command(data, tmp_path / "exp", "training.max_frames=20", torchrun=2), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "none of 24 utterances can be used" in done.stderr
