@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -135,6 +136,19 @@ def test_making_it_again_with_the_same_options_does_nothing(made):
     result = synthesize(made, *SMALL)
     assert "already there" in result.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (made / "corpus").rglob("*.wav")}
+
+
+@needs_espeak
+def test_a_corpus_made_by_another_version_of_the_recipe_is_made_again(tmp_path):
+    tiny = ("--num-train", "1", "--num-dev", "1", "--num-test", "1", "--nj", "1")
+    assert synthesize(tmp_path, *tiny).returncode == 0
+    stamp = tmp_path / "corpus" / "corpus.json"
+    made_by = json.loads(stamp.read_text())
+    stamp.write_text(json.dumps({**made_by, "program": "older"}))
+    (tmp_path / "corpus" / "wav" / "left-over.wav").write_bytes(b"")
+    assert "made in" in synthesize(tmp_path, *tiny).stdout
+    assert json.loads(stamp.read_text()) == made_by
+    assert len(digests(tmp_path)) == 3
 
 
 def test_a_folder_that_the_user_made_is_not_overwritten(tmp_path):

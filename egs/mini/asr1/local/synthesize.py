@@ -15,6 +15,7 @@ Layout: <corpus>/wav/<speaker>/<speaker>-<number>.wav and <corpus>/corpus.json, 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -40,7 +41,6 @@ from speechtx.config.errors import DataError, SpeechtxError
 from speechtx.data.kaldi_table import write_table
 
 SAMPLE_RATE = 16000
-RECIPE = 1  # raise it when the same options would give other audio, so that an older corpus is made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +167,14 @@ def make_corpus(
     return True
 
 
+def program_digest() -> str:
+    """SHA-256 of this recipe's programs: when one of them changes, an older corpus is not taken for the new one."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def write_data_dir(path: Path, dealt: dict[Voice, list[Utterance]], wav_dir: Path) -> None:
     """Writes wav.scp, text, utt2spk and spk2utt of one set."""
     path.mkdir(parents=True, exist_ok=True)
@@ -194,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         sets = plan(sizes, args.seed)
-        identity: dict[str, object] = {"recipe": RECIPE, "seed": args.seed, **sizes}
+        identity: dict[str, object] = {"seed": args.seed, **sizes, "program": program_digest()}
         made = make_corpus(args.corpus, sets, seed=args.seed, nj=args.nj, identity=identity)
         for name, dealt in sets.items():
             write_data_dir(args.data / name, dealt, args.corpus / "wav")
