@@ -122,7 +122,7 @@ def try_torch() -> str:
         return f"CUDA {torch.version.cuda} on {torch.cuda.get_device_name(0)}"
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         return f"CPU only, though this machine has an NVIDIA driver: {INSTALL} --cuda"
-    return "CPU"
+    return f"built for CUDA {torch.version.cuda}, but no GPU can be used here" if torch.version.cuda else "CPU"
 
 
 def try_torchaudio() -> str:

@@ -165,8 +165,9 @@ install_torch() {
       install "$torch_spec" "$torch_spec" && return
       ;;
   esac
-  die "torch could not be installed" "see the last lines of $log" \
-    "check the network and pip's settings ($venv/bin/pip config list), then run tools/install.sh again"
+  local hint="check the network and pip's settings ($venv/bin/pip config list), then run tools/install.sh again"
+  [[ $build != cuda ]] || hint+="; or choose another build that pip has: --torch 'torch>=$torch_version,<3', or --cpu"
+  die "torch could not be installed" "see above, and $log" "$hint"
 }
 
 # torchaudio's Linux wheels are CUDA builds that ask for a CUDA torch, hence --no-deps. Its compiled extension cannot load
