@@ -35,8 +35,8 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T, d) of x (B, T, D), as views of one product."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # cut along the last dimension: backward is one concatenation
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:
         """(B, T, D) -> (B, T, D); `bias` as in `kernels.attend`."""
@@ -68,8 +68,8 @@ class CrossAttention(nn.Module):
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, S, d) of the encoder's output (B, S, D)."""
-        k, v = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return k, v
+        k, v = self.kv(memory).chunk(2, dim=-1)
+        return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """x (B, U, D), keys and values of `project` -> (B, U, D); bias broadcastable to (B, H, U, S)."""
