@@ -23,9 +23,9 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    binary = "b" in mode
     try:
-        with os.fdopen(handle, mode, **text) as stream:
+        with open(handle, mode, encoding=None if binary else "utf-8", newline=None if binary else "\n") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

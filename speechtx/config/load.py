@@ -106,7 +106,9 @@ def _construct(loader: _Loader, node: yaml.Node, loc: Loc, source: str, lines: d
     """Builds plain values out of YAML nodes, noting for every key where it stands."""
     lines.setdefault(loc, f"{source}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.CollectionNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
-        raise ConfigError(f"{source}:{node.start_mark.line + 1}: not valid YAML here: the tag {node.tag}; only plain values are read")
+        raise ConfigError(
+            f"{source}:{node.start_mark.line + 1}: not valid YAML here: the tag {node.tag}; only plain values are read"
+        )
     if isinstance(node, yaml.MappingNode):
         loader.flatten_mapping(node)  # merge keys: `<<: *anchor`
         mapping: dict[Any, Any] = {}

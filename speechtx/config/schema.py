@@ -53,7 +53,9 @@ class FbankConfig(Section):
                 f"low_freq {self.low_freq} and high_freq {self.high_freq} (= {high} Hz) must satisfy low < high <= {nyquist} Hz"
             )
         if self.frame_shift_ms > self.frame_length_ms:
-            raise ValueError(f"frame_shift_ms {self.frame_shift_ms} exceeds frame_length_ms {self.frame_length_ms}: samples would be lost")
+            raise ValueError(
+                f"frame_shift_ms {self.frame_shift_ms} exceeds frame_length_ms {self.frame_length_ms}: samples would be lost"
+            )
         return self
 
 
@@ -203,7 +205,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """inverse_sqrt: linear warm-up, then lr * sqrt(warmup/step) (Vaswani et al. 2017); cosine: to `final_ratio` at the last step."""
+    """inverse_sqrt: linear warm-up, then lr * sqrt(warmup / step) (Vaswani et al. 2017); cosine: down to `final_ratio` of lr."""
 
     name: Literal["inverse_sqrt", "cosine", "constant"] = "inverse_sqrt"
     warmup_steps: NonNegative = 2000
@@ -239,7 +241,7 @@ class TrainingConfig(Section):
         if self.max_frames < self.min_frames:
             raise ValueError(f"max_frames {self.max_frames} is below min_frames {self.min_frames}")
         if self.frames_per_batch < self.max_frames:
-            raise ValueError(f"frames_per_batch {self.frames_per_batch} could not hold one utterance of max_frames {self.max_frames}")
+            raise ValueError(f"frames_per_batch {self.frames_per_batch} cannot hold an utterance of max_frames {self.max_frames}")
         return self
 
 

@@ -6,7 +6,7 @@ batch whatever was loaded before it and however many worker processes load it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +36,12 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader so that copies to the GPU can be asynchronous."""
-        return self.to_tensors(lambda tensor: tensor.pin_memory())
+        return self.map_tensors(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        return self.to_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def to_tensors(self, function) -> Batch:
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(self.ids, *(function(t) for t in (self.feats, self.feat_lens, self.tokens, self.token_lens)))
 
 
@@ -81,7 +81,9 @@ class FeatureReader:
         if feats.ndim != 2 or feats.shape[1] != self.num_mel_bins:
             raise DataError(f"{where}: features have shape {feats.shape}, the model expects (frames, {self.num_mel_bins})")
         if feats.shape[0] != utterance.num_frames:
-            raise DataError(f"{where}: {feats.shape[0]} frames, but utt2num_frames says {utterance.num_frames}; run stage fbank again")
+            raise DataError(
+                f"{where}: {feats.shape[0]} frames, but utt2num_frames says {utterance.num_frames}; run stage fbank again"
+            )
         stats = self._stats(utterance, feats)
         return feats if stats is None else apply_cmvn(feats, stats, norm_vars=self.config.norm_vars)
 
@@ -93,7 +95,9 @@ class FeatureReader:
         if self.config.cmvn == "utterance":
             return CmvnStats.from_feats(feats)
         if utterance.speaker not in self.speaker_cmvn:
-            raise DataError(f"utterance {utterance.id}: no CMVN statistics for speaker {utterance.speaker}; run stage fbank again")
+            raise DataError(
+                f"utterance {utterance.id}: no CMVN statistics for speaker {utterance.speaker}; run stage fbank again"
+            )
         return self.speaker_cmvn[utterance.speaker]
 
 
@@ -127,7 +131,7 @@ class Corpus(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def __getitem__(self, indices: list[int]) -> Batch:  # type: ignore[override]
+    def __getitem__(self, indices: list[int]) -> Batch:
         return collate(
             [self.utterances[i].id for i in indices],
             [self._features(i) for i in indices],
@@ -151,7 +155,7 @@ class Corpus(Dataset[Batch]):
             DataLoader(
                 self,
                 batch_size=None,
-                sampler=indices,  # type: ignore[arg-type]  # each "sample" is a whole batch
+                sampler=indices,  # each "sample" is a whole batch
                 num_workers=min(workers, len(indices)),
                 pin_memory=pin,
                 prefetch_factor=4 if workers and indices else None,
@@ -168,7 +172,9 @@ def collate(ids: list[str], feats: Sequence[np.ndarray], tokens: Sequence[Sequen
     for row, (matrix, ids_of_row) in enumerate(zip(feats, tokens, strict=True)):
         padded[row, : len(matrix)] = matrix
         padded_tokens[row, : len(ids_of_row)] = ids_of_row
-    return Batch(ids, torch.from_numpy(padded), torch.tensor(feat_lens), torch.from_numpy(padded_tokens), torch.tensor(token_lens))
+    return Batch(
+        ids, torch.from_numpy(padded), torch.tensor(feat_lens), torch.from_numpy(padded_tokens), torch.tensor(token_lens)
+    )
 
 
 def iter_decode_batches(

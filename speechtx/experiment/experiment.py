@@ -64,9 +64,7 @@ class Experiment:
 
     def new_model(self) -> Recognizer:
         """The model with fresh random weights."""
-        return Recognizer(
-            config=self.config.model, num_mel_bins=self.fbank.num_mel_bins, vocab_size=self.tokenizer.vocab_size
-        )
+        return Recognizer(config=self.config.model, num_mel_bins=self.fbank.num_mel_bins, vocab_size=self.tokenizer.vocab_size)
 
     def load_model(self, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Recognizer:
         """The model in evaluation mode.

@@ -45,8 +45,8 @@ def average_checkpoints(exp: Path, config: AverageConfig) -> list[int]:
         path = epoch_path(exp, epoch)
         if not path.is_file():
             raise ExperimentError(
-                f"{path}: missing, though epoch {epoch} is among the {len(epochs)} best by {config.by}; training keeps only the epochs "
-                "that its own training.average may choose, so train again with the new one"
+                f"{path}: missing, though epoch {epoch} is among the best {len(epochs)} by {config.by}; training keeps only the "
+                "epochs that its own training.average may choose, so train again with the new one"
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
         if total and {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in total.items()}:

@@ -75,4 +75,6 @@ def _save(path: Path, state: State) -> None:
             torch.save(state, stream)
     except (OSError, RuntimeError) as err:
         # RuntimeError: torch's zip writer reports a full disk this way.
-        raise TrainingError(f"{path}: could not be written ({err}); the previous checkpoint is untouched, free some disk") from err
+        raise TrainingError(
+            f"{path}: could not be written ({err}); the previous checkpoint is untouched, free some disk"
+        ) from err

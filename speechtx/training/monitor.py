@@ -38,7 +38,7 @@ class Monitor:
             self.board = SummaryWriter(str(exp / "tensorboard"))
         self._clock = time.monotonic()
         self._frames = 0
-        self._rate = 0.0
+        self._first = 0
 
     def say(self, message: str) -> None:
         """One line for the log and the terminal, with the time."""
@@ -50,22 +50,24 @@ class Monitor:
         self.stream.write(("\r\x1b[K" if self.live else "") + line + "\n")
         self.stream.flush()
 
-    def start_epoch(self) -> None:
-        """Restarts the rate, so that evaluation and checkpoints do not count as training time."""
-        self._clock, self._frames = time.monotonic(), 0
+    def start_epoch(self, index: int) -> None:
+        """Restarts the rate, so that evaluation does not count as training time; `index` steps of the epoch are done already."""
+        self._clock, self._frames, self._first = time.monotonic(), 0, index
 
-    def step(self, *, epoch: int, index: int, count: int, frames: int, step: int, lr: float, averages: Mapping[str, float]) -> None:
+    def step(
+        self, *, epoch: int, index: int, count: int, frames: int, step: int, lr: float, averages: Mapping[str, float]
+    ) -> None:
         """One optimiser step: `index` of `count` in this epoch, over `frames` feature frames."""
         if not self.enabled or self.log is None:
             return
         self._frames += frames
         elapsed = max(time.monotonic() - self._clock, 1e-9)
-        self._rate = self._frames / elapsed
-        done = (epoch - 1) + index / count
-        remaining = (self.epochs - done) * elapsed / max(index / count, 1e-9) if index else 0.0
+        rate = self._frames / elapsed
+        remaining = (self.epochs - epoch + 1 - index / count) * elapsed * count / (index - self._first)
         line = (
             f"epoch {epoch}/{self.epochs} {index:>4}/{count} loss {averages['loss']:.3f} (ctc {averages['ctc']:.3f} "
-            f"att {averages['att']:.3f}) acc {100 * averages['acc']:.1f}% lr {lr:.2e} {self._rate:,.0f} frames/s ETA {clock(remaining)}"
+            f"att {averages['att']:.3f}) acc {100 * averages['acc']:.1f}% lr {lr:.2e} {rate:,.0f} frames/s "
+            f"ETA {clock(remaining)}"
         )
         if self.live:
             self.stream.write("\r\x1b[K" + line[:200])
@@ -75,7 +77,7 @@ class Monitor:
             self.log.flush()
             self.board.add_scalar("step/loss", averages["loss"], step)
             self.board.add_scalar("step/lr", lr, step)
-            self.board.add_scalar("step/frames_per_second", self._rate, step)
+            self.board.add_scalar("step/frames_per_second", rate, step)
 
     def epoch(self, entry: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """The line of a finished epoch; metrics.jsonl is written whole from the history, so it never holds an epoch twice."""

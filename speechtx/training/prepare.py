@@ -61,9 +61,13 @@ def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, con
         if not ids:
             left_out.append((utterance.id, "empty transcript"))
         elif not config.min_frames <= utterance.num_frames <= config.max_frames:
-            left_out.append((utterance.id, f"{utterance.num_frames} frames, allowed are {config.min_frames} to {config.max_frames}"))
+            left_out.append(
+                (utterance.id, f"{utterance.num_frames} frames, allowed are {config.min_frames} to {config.max_frames}")
+            )
         elif frames < needed:
-            left_out.append((utterance.id, f"{frames} encoder frames, but CTC needs {needed} for {len(ids)} tokens and their repeats"))
+            left_out.append(
+                (utterance.id, f"{frames} encoder frames, but CTC needs {needed} for {len(ids)} tokens and their repeats")
+            )
         else:
             kept.append(utterance)
             tokens.append(ids)
@@ -205,7 +209,9 @@ def git_hash() -> str:
     """The commit of the source tree, with `+changes` when it was not clean; `unknown` outside a checkout."""
     root = Path(speechtx.__file__).resolve().parent.parent
     try:
-        commit = subprocess.run(["git", "-C", root, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        commit = subprocess.run(
+            ["git", "-C", root, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
         status = subprocess.run(
             ["git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", "speechtx", "utils"],
             capture_output=True,

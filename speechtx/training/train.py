@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 
 import torch
 
@@ -39,7 +40,9 @@ def train(config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: i
             device = prepare.device_name(world.device)
             for note in notes:
                 monitor.say(note)
-            monitor.say(f"model: {num_parameters:,} parameters on {device}" + (f", {world.size} processes" if world.size > 1 else ""))
+            monitor.say(
+                f"model: {num_parameters:,} parameters on {device}" + (f", {world.size} processes" if world.size > 1 else "")
+            )
             if world.is_main:
                 prepare.describe_run(exp, device=device, num_parameters=num_parameters, seed=config.seed, processes=world.size)
             trainer = Trainer(

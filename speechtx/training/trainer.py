@@ -93,7 +93,7 @@ class Trainer:
         workers = self.train_config.loader_workers
         batches = self.train_corpus.at_epoch(self.epoch).batches(mine, workers=workers, pin=self.world.device.type == "cuda")
         self.model.train()
-        self.monitor.start_epoch()
+        self.monitor.start_epoch(self.index)
         started = saved = time.monotonic()
         for group in groups[self.index :]:
             lr = learning_rate(
@@ -153,11 +153,13 @@ class Trainer:
             return
         self.nonfinite += 1
         named = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-        self.monitor.say(f"warning: step {self.step}: gradient is not finite, step skipped ({self.nonfinite} so far); utterances {named}")
+        self.monitor.say(
+            f"warning: step {self.step}: gradient is not finite, step skipped ({self.nonfinite} so far); utterances {named}"
+        )
         if self.nonfinite > self.train_config.max_nonfinite_steps:
             raise TrainingError(
                 f"step {self.step}: {self.nonfinite} steps had a non-finite gradient, more than training.max_nonfinite_steps "
-                f"{self.train_config.max_nonfinite_steps}; last utterances: {named}. Lower training.optimizer.lr or look at these utterances"
+                f"{self.train_config.max_nonfinite_steps}; last utterances: {named}. Lower training.optimizer.lr, or look at them"
             )
 
     @torch.no_grad()
@@ -260,10 +262,11 @@ class Trainer:
             return
         if state["config_hash"] != config_hash(self.config.model):
             raise TrainingError(f"{self.exp}/checkpoints: made by a model of another configuration; choose another --exp")
-        if state["index"] and state["group_size"] != self.train_config.accum_steps * self.world.size:
+        group_size = self.train_config.accum_steps * self.world.size
+        if state["index"] and state["group_size"] != group_size:
             raise TrainingError(
-                f"the checkpoint stands in the middle of epoch {state['epoch']} of a run with {state['group_size']} batches a step; "
-                f"continue with as many (accum_steps times processes), now it is {self.train_config.accum_steps * self.world.size}"
+                f"the checkpoint stands in the middle of epoch {state['epoch']}, with {state['group_size']} batches a step "
+                f"(accum_steps times processes); continue with as many, not with {group_size}"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

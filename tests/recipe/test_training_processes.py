@@ -82,6 +82,8 @@ def test_two_processes_compute_what_one_does_with_the_same_global_batch(data: Tr
 
 
 def test_a_rank_that_fails_ends_the_job(data: TrainingData, tmp_path: Path) -> None:
-    done = subprocess.run(command(data, tmp_path / "exp", "training.max_frames=20", torchrun=2), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command(data, tmp_path / "exp", "training.max_frames=20", torchrun=2), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode != 0
     assert "none of 24 utterances can be used" in done.stderr

@@ -62,7 +62,9 @@ def test_a_tiny_model_learns_and_the_experiment_can_be_opened_again(data: Traini
     train(tiny_config("training.epochs=12", "training.specaugment=null"), data, exp)
     losses = [e["train"]["loss"] for e in history(exp)]
     assert losses[-1] < 0.7 * losses[0]
-    assert average_checkpoints(exp, AverageConfig(num=2, by="dev_acc")) == sorted(choose_epochs(history(exp), AverageConfig(num=2)))
+    assert average_checkpoints(exp, AverageConfig(num=2, by="dev_acc")) == sorted(
+        choose_epochs(history(exp), AverageConfig(num=2))
+    )
     model = Experiment.open(exp).load_model()
     assert not model.training
     run = json.loads((exp / "run.json").read_text())
@@ -152,8 +154,12 @@ def test_nothing_left_to_train_on_is_an_error(data: TrainingData, tmp_path: Path
 
 def test_non_finite_steps_are_counted_named_and_fatal_past_the_limit(data: TrainingData, tmp_path: Path) -> None:
     exp = tmp_path / "exp"
-    with pytest.raises(TrainingError, match="2 steps had a non-finite gradient, more than training.max_nonfinite_steps 1"):
-        train(tiny_config("training.optimizer.lr=1e30", "training.max_nonfinite_steps=1", "training.schedule.warmup_steps=0"), data, exp)
+    with pytest.raises(TrainingError, match=r"2 steps had a non-finite gradient, more than training\.max_nonfinite_steps 1"):
+        train(
+            tiny_config("training.optimizer.lr=1e30", "training.max_nonfinite_steps=1", "training.schedule.warmup_steps=0"),
+            data,
+            exp,
+        )
     assert "gradient is not finite, step skipped (1 so far); utterances s" in (exp / "train.log").read_text()
 
 
@@ -165,7 +171,9 @@ def test_features_that_changed_length_since_are_refused(data: TrainingData, tmp_
     table = (broken / "utt2num_frames").read_text().splitlines()
     (broken / "utt2num_frames").write_text("".join(f"{line.split()[0]} 77\n" for line in table))
     with pytest.raises(DataError, match="but utt2num_frames says 77"):
-        train(tiny_config("training.epochs=1"), TrainingData(train=broken, dev=data.dev, tokenizer=data.tokenizer), tmp_path / "exp")
+        train(
+            tiny_config("training.epochs=1"), TrainingData(train=broken, dev=data.dev, tokenizer=data.tokenizer), tmp_path / "exp"
+        )
 
 
 def test_an_utterance_without_a_transcript_is_named(data: TrainingData, tmp_path: Path) -> None:
