@@ -70,6 +70,7 @@ def test_a_query_without_any_key_gets_zero_and_no_nan_gradient(kernel) -> None:
         assert torch.isfinite(gradient).all() and (gradient[1] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch explains why it refuses the 3-D bias
 @pytest.mark.parametrize("shape", ["none", "log", "linear"])
 def test_every_bias_we_build_keeps_pytorchs_fused_cpu_kernel(shape: str) -> None:
     config = PenaltyConfig(shape=shape, scale="alibi" if shape == "linear" else 1.0)
