@@ -163,10 +163,13 @@ def try_espeak() -> str:
 
 
 def sclite_candidates() -> list[Path]:
-    """Where sclite may lie, in order: on PATH, Debian's package, tools/install_sctk.sh's own folder."""
+    """Where sclite may lie, in the order of speechtx/scoring/sclite.py, which this file cannot import before it is installed."""
+    named = os.environ.get("SPEECHTX_SCLITE")
+    if named:
+        return [Path(named)]
     on_path = shutil.which("sclite")
     places = [Path(on_path)] if on_path else []
-    places += [Path("/usr/lib/sctk/bin/sclite"), REPO / "tools/sctk/bin/sclite"]
+    places += [REPO / "tools/sctk/bin/sclite", Path("/usr/lib/sctk/bin/sclite")]
     return [place for place in places if place.is_file() and os.access(place, os.X_OK)]
 
 

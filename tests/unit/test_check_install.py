@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from speechtx.scoring.sclite import find_sclite
+
 # A table as sclite prints it; the counts of the pair of lines that check_install.py has it score are {counts}.
 SCLITE = """#!/bin/sh
 if [ $# -eq 0 ]; then echo 'sclite Version: 2.10, SCTK Version: 1.3'; exit 1; fi
@@ -40,6 +42,19 @@ def test_the_real_sclite_is_recognised(check: ModuleType) -> None:
     if not candidates:
         pytest.skip("no sclite on this machine: tools/install_sctk.sh")
     assert "counts right" in check.verify_sclite(candidates[0])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_it_looks_at_the_sclite_that_scoring_will_use(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    on_path = program(tmp_path, SCLITE.format(counts="4 1 1 1 3 2"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("SPEECHTX_SCLITE", raising=False)
+    if named:
+        (tmp_path / "named").mkdir()
+        monkeypatch.setenv("SPEECHTX_SCLITE", str(program(tmp_path / "named", on_path.read_text())))
+    assert check.sclite_candidates()[0] == find_sclite().path
 
 
 def test_a_program_with_the_right_banner_and_counts_is_accepted(check: ModuleType, tmp_path: Path) -> None:
