@@ -125,7 +125,7 @@ def test_soft_keys_extend_but_hard_ones_win(folder: Path, capsys: pytest.Capture
     Path("c.yaml").write_text(YAML.replace("epochs: 20", "epochs: 30").replace("num: 5", "num: 3"))
     assert begin(capsys, *options) == "extended training.average.num in c.yaml, training.epochs in c.yaml"
     end()
-    Path("c.yaml").write_text(YAML.replace("epochs: 20", "epochs: 40").replace("ctc_weight\": 0.3", "ctc_weight\": 0.5"))
+    Path("c.yaml").write_text(YAML.replace("epochs: 20", "epochs: 40").replace('ctc_weight": 0.3', 'ctc_weight": 0.5'))
     assert begin(capsys, *options) == "changed model.ctc_weight in c.yaml"
 
 
@@ -135,7 +135,9 @@ def test_overrides_count_as_if_they_stood_in_the_file(folder: Path, capsys: pyte
     Path("c.yaml").write_text(YAML.replace("epochs: 20", "epochs: 30"))
     assert begin(capsys, "--config", "c.yaml:training").startswith("skip")
     assert begin(capsys, "--config", "c.yaml:training", "--set", "model.ctc_weight=1").startswith("skip")
-    assert begin(capsys, "--config", "c.yaml:training", "--set", "training.optimizer=null").startswith("changed training.optimizer")
+    assert begin(capsys, "--config", "c.yaml:training", "--set", "training.optimizer=null").startswith(
+        "changed training.optimizer"
+    )
 
 
 def test_anchors_make_the_whole_file_count(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""The whole mini recipe at smoke size, as a user runs it: killed in the middle, continued, repeated, changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from speechtx.config.errors import ScoringError
+from speechtx.scoring.sclite import find_sclite
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("mini_end_to_end"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("espeakng_loader") is None, reason="espeakng-loader (extra `mini`) is not installed"
+    ),
+]
+
+OPTIONS = ["--smoke", "--nj", "2", "--exp", "exp/tiny"]
+for override in (
+    "tokenizer.type=char",
+    "model.encoder.type=transformer",
+    "model.encoder.layers=1",
+    "model.encoder.dim=32",
+    "model.encoder.ff_dim=64",
+    "model.encoder.subsampling.channels=8",
+    "model.decoder.layers=1",
+    "model.decoder.ff_dim=64",
+    "training.frames_per_batch=4000",
+):
+    OPTIONS += ["--set", override]
+EPOCHS = 6
+
+
+class Recipe:
+    """A copy of egs/mini/asr1, and how to run it."""
+
+    def __init__(self, *, path: Path) -> None:
+        self.path = path
+        self.exp = path / "exp/tiny"
+        self.environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def start(self, *more: str, epochs: int = EPOCHS) -> subprocess.Popen[str]:
+        command = ["./run.sh", *OPTIONS, "--set", f"training.epochs={epochs}", *more]
+        log = (self.path / "out.log").open("w")
+        return subprocess.Popen(
+            command, cwd=self.path, env=self.environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def run(self, *more: str, epochs: int = EPOCHS) -> dict[str, str]:
+        """Runs to the end; returns what the header line of every stage says."""
+        process = self.start(*more, epochs=epochs)
+        try:
+            status = process.wait(timeout=540)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert status == 0, self.output()
+        return self.headers()
+
+    def output(self) -> str:
+        return (self.path / "out.log").read_text(errors="replace")
+
+    def headers(self) -> dict[str, str]:
+        return dict(re.findall(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] stage \d (\w+): (.*)$", self.output(), re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def recipe(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """The recipe, killed with all its processes while it trains."""
+    try:
+        find_sclite()
+    except ScoringError as err:
+        pytest.skip(f"no sclite on this machine: {err}")
+    path = tmp_path_factory.mktemp("recipe") / "asr1"
+    shutil.copytree(
+        repo / "egs/mini/asr1", path, ignore=shutil.ignore_patterns("data", "exp", "corpus", "log", "utils", "__pycache__")
+    )
+    (path / "utils").symlink_to(repo / "utils")
+    recipe = Recipe(path=path)
+    process = recipe.start()
+    metrics = recipe.exp / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
+        assert process.poll() is None, f"ended before one epoch was trained:\n{recipe.output()}"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return recipe
+
+
+def test_a_killed_recipe_continues_to_scores_of_sclite(recipe: Recipe) -> None:
+    assert not (recipe.exp / "model.pt").exists(), "it was to be killed before training ended"
+    tokens = (recipe.path / "data/tokenizer/tiny/tokens.txt").stat().st_mtime_ns
+    headers = recipe.run()
+    assert list(headers) == ["check", "data", "fbank", "bpe", "train", "average", "decode", "score"]
+    for stage in ("data", "fbank", "bpe"):
+        assert headers[stage].startswith("up to date (finished 20"), stage
+    assert (recipe.path / "data/tokenizer/tiny/tokens.txt").stat().st_mtime_ns == tokens
+    assert headers["train"].endswith("again, because it did not finish")
+    epochs = [json.loads(line)["epoch"] for line in (recipe.exp / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == list(range(1, EPOCHS + 1)), "every epoch once: what was trained before the kill is not trained again"
+    results = (recipe.exp / "RESULTS.md").read_text()
+    assert "Synthetic speech" in results
+    for name in ("dev", "test"):
+        folder = recipe.exp / f"decode_{name}_decode"
+        references = (recipe.path / f"data/{name}/text").read_text().splitlines()
+        hypotheses = (folder / "text").read_text().splitlines()
+        assert [line.split()[0] for line in hypotheses] == [line.split()[0] for line in references]
+        score = json.loads((folder / "score_wer/score.json").read_text())
+        words = sum(len(line.split()) - 1 for line in references)
+        assert re.search(rf"^\| {name} .*\| *\d+ / {words} \|", results, re.MULTILINE), results
+        assert "sclite" in json.dumps(score).lower()
+        assert (folder / "score_wer/result.sys").is_file()
+    out = recipe.output()
+    assert "| test |" in out and str(recipe.exp / "RESULTS.md") in out and str(recipe.exp / "curves.png") in out
+    assert (recipe.exp / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_skips_every_stage(recipe: Recipe) -> None:
+    before = {path: path.stat().st_mtime_ns for path in recipe.path.rglob("*") if path.is_file() and path.name != "out.log"}
+    headers = recipe.run()
+    for stage in ("data", "fbank", "bpe", "train", "average", "decode", "score"):
+        assert headers[stage].startswith("up to date (finished 20"), (stage, headers)
+    after = {path: path.stat().st_mtime_ns for path in recipe.path.rglob("*") if path.is_file() and path.name != "out.log"}
+    assert after == before, "nothing was written"
+    assert "| test |" in recipe.output()
+
+
+def test_more_epochs_continue_the_training_and_score_again(recipe: Recipe) -> None:
+    headers = recipe.run("--stage", "data", epochs=EPOCHS + 1)
+    assert headers["bpe"].startswith("up to date")
+    assert headers["train"].endswith("changed: training.epochs in conf/train.yaml")
+    for stage in ("average", "decode", "score"):
+        assert not headers[stage].startswith("up to date"), stage
+    epochs = [json.loads(line)["epoch"] for line in (recipe.exp / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == list(range(1, EPOCHS + 2))
+    assert not (recipe.path / "exp/tiny.old-1").exists()
+
+
+def test_a_changed_decoding_configuration_only_decodes_and_scores(recipe: Recipe) -> None:
+    config = recipe.path / "conf/decode.yaml"
+    config.write_text(config.read_text().replace("method: beam", "method: ctc_greedy"))
+    headers = recipe.run("--stage", "data", epochs=EPOCHS + 1)
+    assert headers["average"].startswith("up to date")
+    assert headers["decode"].endswith("changed: method in conf/decode.yaml")
+    assert "method ctc_greedy" in (recipe.exp / "RESULTS.md").read_text()
+
+
+def test_another_model_trains_anew_and_keeps_the_old_experiment(recipe: Recipe) -> None:
+    old = (recipe.exp / "config.yaml").read_bytes()
+    headers = recipe.run("--stage", "data", "--stop-stage", "train", "--set", "model.label_smoothing=0.0", epochs=1)
+    assert "model.label_smoothing in conf/train.yaml" in headers["train"]
+    assert (recipe.path / "exp/tiny.old-1/config.yaml").read_bytes() == old
+    assert (recipe.path / "exp/tiny.old-1/RESULTS.md").is_file()
+    assert (recipe.exp / "metrics.jsonl").read_text().count("\n") == 1

@@ -1,0 +1,181 @@
+"""Stage 0 finds each kind of mistake, and only mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+
+from speechtx.bin import check, main
+from speechtx.config.errors import ScoringError
+from speechtx.config.load import load_config
+from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
+
+FILES = {
+    "train.yaml": "tokenizer: {vocab_size: 30}\nmodel: {encoder: {layers: 2, dim: 32}, decoder: {layers: 1}}\n",
+    "fbank.yaml": "num_mel_bins: 40\n",
+    "decode.yaml": "beam: 4\n",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    monkeypatch.setattr(check, "check_sclite", lambda: check.Finding("sclite", "there"))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    command = [
+        "check",
+        "--config",
+        "train.yaml",
+        "--fbank-config",
+        "fbank.yaml",
+        "--decode-config",
+        "decode.yaml",
+        "--exp",
+        "exp/a",
+    ]
+    status = main.main([*command, "--corpus-gib", "0.001", *more])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_a_sound_run_passes_before_any_data_exist(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = run(capsys, "--train-text", "data/train/text")
+    assert status == 0, out
+    assert "PROBLEM" not in out
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES), "a check leaves nothing behind"
+
+
+def test_the_number_of_parameters_is_that_of_the_model(folder: Path) -> None:
+    from speechtx.model.recognizer import Recognizer
+
+    train, fbank = load_config("train.yaml", TrainConfig), load_config("fbank.yaml", FbankConfig)
+    number, findings = check.check_model(train, fbank)
+    model = Recognizer(config=train.model, num_mel_bins=40, vocab_size=32)
+    assert number == sum(p.numel() for p in model.parameters())
+    assert f"{number:,} parameters" in findings[0].message
+
+
+def test_every_mistake_in_every_file_is_shown_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.yaml").write_text("model:\n  encoder:\n    layer: 3\n  decoder:\n    headz: 4\n")
+    Path("decode.yaml").write_text("beam: wide\n")
+    status, out = run(capsys, "--set", "training.epoch=3")
+    assert status == 1
+    assert "train.yaml:3: model.encoder.layer: unknown key; did you mean 'layers'?" in out
+    assert "train.yaml:5: model.decoder.headz: unknown key; did you mean 'heads'?" in out
+    assert "--set training.epoch=3: training.epoch: unknown key; did you mean 'epochs'?" in out
+    assert "decode.yaml:1: beam:" in out
+    assert "2 problem(s) found; nothing was started" in out
+
+
+def test_missing_files_are_problems(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fbank.yaml").unlink()
+    status, out = run(capsys, "--archive", "corpus.tar.gz")
+    assert status == 1
+    assert "fbank.yaml: no such configuration file" in out
+    assert "corpus.tar.gz: no such readable file" in out
+
+
+def test_limits_that_leave_no_frame_no_bin_or_no_decoder(folder: Path) -> None:
+    def problems(train: str = "{}", fbank: str = "{}", decode: str = "{}") -> list[str]:
+        from speechtx.config.load import parse_config
+
+        found = check.check_shapes(
+            parse_config(train, TrainConfig),
+            parse_config(fbank, FbankConfig),
+            {Path("d.yaml"): parse_config(decode, DecodeConfig)},
+        )
+        return [finding.subject for finding in found]
+
+    assert problems() == []
+    assert problems("training: {min_frames: 6}") == ["frames"]
+    assert problems("training: {min_frames: 7}") == []
+    assert problems(fbank="num_mel_bins: 6") == ["features"]
+    alone = "{model: {ctc_weight: 1.0, decoder: {layers: 0}}, training: {average: {by: dev_loss}}}"
+    assert problems(alone) == ["decoding"]
+    assert problems(alone, decode="ctc_weight: 1.0") == []
+    assert problems(alone, decode="method: ctc_greedy") == []
+
+
+def test_a_vocabulary_below_the_characters_of_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text").write_text("a-1 " + " ".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123") + "\n")
+    status, out = run(capsys, "--train-text", "text")
+    assert status == 1
+    assert "vocab_size 30 is below the 32 symbols of text" in out
+    assert "set tokenizer.vocab_size to 32 or more" in out
+    status, out = run(capsys, "--train-text", "text", "--set", "tokenizer.vocab_size=32")
+    assert status == 0, out
+    status, out = run(capsys, "--train-text", "text", "--set", "tokenizer.type=char")
+    assert status == 0, out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_folder_by_its_mode(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("exp").mkdir(mode=0o555)
+    status, out = run(capsys)
+    assert status == 1
+    assert "cannot write to exp/a" in out
+
+
+def test_a_file_where_a_folder_must_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("exp").write_text("")
+    status, out = run(capsys)
+    assert status == 1
+    assert "cannot write to exp/a" in out
+
+
+def test_too_little_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = run(capsys, "--corpus-gib", "1e9")
+    assert status == 1
+    assert "GiB free, about 2000000000." in out
+
+
+def test_gpus_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = run(capsys, "--ngpu", "99")
+    assert status == 1
+    assert "--ngpu 99, but" in out
+
+
+def test_no_jobs_is_a_problem_and_many_are_a_remark(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--nj", "0")[0] == 1
+    status, out = run(capsys, "--nj", "9999")
+    assert status == 0
+    assert "wait their turn" in out
+
+
+def test_missing_packages_and_sclite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "PACKAGES", ("json", "no_such_package_of_ours"))
+    (finding,) = check.check_packages()
+    assert "no_such_package_of_ours" in finding.message
+    assert finding.advice
+
+    def nowhere() -> None:
+        raise ScoringError("sclite is nowhere")
+
+    monkeypatch.setattr("speechtx.scoring.sclite.find_sclite", nowhere)
+    assert check.check_sclite().advice
+
+
+def test_the_recipes_configurations_pass(repo: Path) -> None:
+    recipes = sorted(repo.glob("egs/*/asr1"))
+    assert len(recipes) >= 4
+    for recipe in recipes:
+        arguments = argparse.Namespace(
+            config=recipe / "conf/train.yaml",
+            overrides=[],
+            fbank_config=recipe / "conf/fbank.yaml",
+            decode_config=sorted(recipe.glob("conf/decode*.yaml")),
+        )
+        configs, findings = check.load_all(arguments)
+        assert not [finding for finding in findings if finding.advice], recipe
+        assert configs.train is not None
+        assert configs.fbank is not None
+        assert list(check.check_shapes(configs.train, configs.fbank, configs.decode)) == []
+        assert check.check_model(configs.train, configs.fbank)[0] > 0
