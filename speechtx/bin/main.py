@@ -54,7 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for an error of the input's, 2 for a wrong command line, 128 + n for signal n.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        finally:  # also after a verb's --help, which leaves by SystemExit
+            sys.stdout.flush()
+    except BrokenPipeError:  # `speechtx ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes at exit
+        return 128 + signal.SIGPIPE
+
+
+def _dispatch(words: list[str]) -> int:
     if not words:
         print(help_text(), file=sys.stderr)
         return 2
@@ -78,7 +88,6 @@ def _run_verb(verb: str, words: list[str]) -> int:
         module = importlib.import_module(f"speechtx.bin.{verb}")
         args = _parser(verb, module).parse_args(words)
         status: int = module.run(args)
-        sys.stdout.flush()
         return status
     except SpeechtxError as err:
         print(f"speechtx {verb}: error: {err}", file=sys.stderr)
@@ -86,9 +95,6 @@ def _run_verb(verb: str, words: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"speechtx {verb}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # `speechtx ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes at exit
-        return 128 + signal.SIGPIPE
 
 
 def _parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@
 setup() {
   repo=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
   PATH="$repo/.venv/bin:$repo/utils/data:$PATH"
-  cd "$BATS_TEST_TMPDIR"
+  cd "$BATS_TEST_TMPDIR" || return
   mkdir -p data/train
   printf 'RIFF' >clip.wav
   for utt in ann-1 ann-2 bob-1 bob-2; do
@@ -73,7 +73,7 @@ setup() {
 
 @test "split and combine give the same directory back" {
   split_data.sh data/train 2
-  [ "$(ls data/train/split2 | xargs)" = "1 2" ]
+  [ "$(ls data/train/split2)" = $'1\n2' ]
   combine_data.sh data/again data/train/split2/1 data/train/split2/2
   for table in wav.scp text utt2spk spk2utt; do
     cmp "data/train/$table" "data/again/$table"

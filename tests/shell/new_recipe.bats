@@ -12,7 +12,7 @@ setup() {
   [ -x run.sh ] && [ -x local/data.sh ] && [ -f conf/train.yaml ] && [ -f path.sh ] && [ -f cmd.sh ]
   [ -x utils/steps/fbank.sh ]
   grep -q mycorpus run.sh
-  ! grep -rq TEMPLATE run.sh local
+  ! grep -rq TEMPLATE run.sh local || return 1
   run ./run.sh --help
   [ "$status" -eq 0 ]
   [[ $output == *mycorpus* ]]

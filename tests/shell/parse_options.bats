@@ -106,8 +106,8 @@ END
   root=$utils/..
   for path in "$utils"/steps/*.sh "$utils"/parallel/*.sh "$root"/egs/*/asr1/run.sh; do
     grep -q parse_options.sh "$path" || continue
-    for option in $(sed -n '2,/^[^#]/s/^#  *--\([a-z][a-z0-9-]*\).*/\1/p' "$path"); do
+    while read -r option; do
       grep -Eq "(^|[ ;])${option//-/_}=" "$path" || { echo "$path: --$option has no default"; return 1; }
-    done
+    done < <(sed -n '2,/^[^#]/s/^#  *--\([a-z][a-z0-9-]*\).*/\1/p' "$path")
   done
 }

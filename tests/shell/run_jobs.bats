@@ -3,7 +3,7 @@
 
 setup() {
   runner=$(cd "$BATS_TEST_DIRNAME/../../utils/parallel" && pwd)/run.sh
-  cd "$BATS_TEST_TMPDIR"
+  cd "$BATS_TEST_TMPDIR" || return
 }
 
 @test "every job runs once, with its number in arguments and log" {
@@ -75,7 +75,7 @@ setup() {
     pgrep -fx 'sleep 61.25' || break
     sleep 0.1
   done
-  ! pgrep -fx 'sleep 61.25'
+  ! pgrep -fx 'sleep 61.25' || return 1
 }
 
 @test "several jobs may not share one log" {

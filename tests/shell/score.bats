@@ -4,7 +4,7 @@
 setup() {
   repo=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
   PATH="$repo/.venv/bin:$repo/utils/steps:$PATH"
-  cd "$BATS_TEST_TMPDIR"
+  cd "$BATS_TEST_TMPDIR" || return
   mkdir -p data/dev data/test conf exp/tokenizer
   printf 'u-1 HELLO WORLD\nu-2 ONE (TWO) 你好\n' | tee data/dev/text >data/test/text
   printf 'u-1 u\nu-2 u\n' | tee data/dev/utt2spk >data/test/utt2spk

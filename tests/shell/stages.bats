@@ -4,7 +4,7 @@
 # One finished recipe is made for all tests; most of them begin with a copy of it.
 setup_file() {
   make_recipe "$BATS_FILE_TMPDIR/finished"
-  cd "$T/egs/x/asr1"
+  cd "$T/egs/x/asr1" || return
   ./run.sh >/dev/null
   rm "$T/calls"
 }
@@ -12,12 +12,12 @@ setup_file() {
 finished() {
   export T=$BATS_TEST_TMPDIR/finished
   cp -a "$BATS_FILE_TMPDIR/finished" "$T"
-  cd "$T/egs/x/asr1"
+  cd "$T/egs/x/asr1" || return
 }
 
 fresh() {
   make_recipe "$BATS_TEST_TMPDIR/fresh"
-  cd "$T/egs/x/asr1"
+  cd "$T/egs/x/asr1" || return
 }
 
 make_recipe() {
