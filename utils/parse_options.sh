@@ -18,6 +18,7 @@
 
 _po_script=${BASH_SOURCE[1]:-$0}
 _po_name=${_po_script##*/}
+_po_arguments=("$@") # as they were given, for whoever records the command
 declare -A _po_value=()   # option name -> its VALUE placeholder; empty for a switch
 _po_header=()
 

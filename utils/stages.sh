@@ -69,6 +69,9 @@ start_recipe() {
   for override in "${set[@]}"; do overrides+=(--set "$override"); done
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --decode-config "$decode_config"
     --exp "$exp" --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu")
+  # What RESULTS.md shows as the command that reproduces it.
+  SPEECHTX_RECIPE_COMMAND="cd ${PWD#"$SPEECHTX_ROOT"/} && ./run.sh${_po_arguments[*]:+ ${_po_arguments[*]@Q}}"
+  export SPEECHTX_RECIPE_COMMAND
   trap 'stage_failed $?' EXIT
 }
 

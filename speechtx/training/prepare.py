@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -185,6 +186,7 @@ def describe_run(exp: Path, *, device: str, num_parameters: int, seed: int, proc
     else:
         run = {
             "command": shlex.join(["speechtx", *sys.argv[1:]]),
+            "recipe_command": os.environ.get("SPEECHTX_RECIPE_COMMAND", ""),
             "git_hash": git_hash(),
             "versions": {"speechtx": speechtx.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "host": platform.node(),

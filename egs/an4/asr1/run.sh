@@ -16,14 +16,14 @@
 #   --train-config FILE    default conf/train.yaml
 #   --decode-config FILE   default conf/decode.yaml
 #   --exp DIR              experiment directory (default: exp/ and a name made of the configuration, --set and --seed)
-#   --speeds F,F,...       train on copies of the training set at these speeds, as in 0.9,1.0,1.1
+#   --speeds F,F,...       train on copies of the training set at these speeds (default 0.9,1.0,1.1; '' for none)
 #
 # Stages that are finished and whose inputs did not change are skipped.
 set -euo pipefail
 started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-stage=0 stop_stage=7 force=false restart=false nj=$(nproc) ngpu=0 seed=1 set=() exp='' speeds='' archive=''
+stage=0 stop_stage=7 force=false restart=false nj=$(nproc) ngpu=0 seed=1 set=() exp='' speeds=0.9,1.0,1.1 archive=''
 train_config=conf/train.yaml decode_config=conf/decode.yaml fbank_config=conf/fbank.yaml
 train_set=train_nodev dev_set=train_dev test_sets=(test) note='' # a plain statement for the top of RESULTS.md
 
