@@ -25,9 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out-scp", type=Path, help="its table")
     parser.add_argument("--compress", action="store_true", help="Kaldi's lossy 8-bit compression: a quarter of the size")
     parser.add_argument("--backend", choices=("kaldi-native-fbank", "torchaudio"), help="library that computes the features")
-    parser.add_argument(
-        "--ark-backend", choices=("kaldiio", "kaldi_native_io"), default="kaldiio", help="library that writes them"
-    )
     parser.add_argument("--allow-pipes", action="store_true", help="run the commands in wav.scp; only for data you trust")
     parser.add_argument(
         "--merge", action="store_true", help="join the shards into feats.scp, utt2num_frames, utt2dur, fbank.yaml"
@@ -66,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
         scp=args.out_scp or directory / f"feats.{args.job}.scp",
         compress=args.compress,
         backend=args.backend or DEFAULT_BACKEND,
-        ark_backend=args.ark_backend,
         allow_pipes=args.allow_pipes,
     )
     took = time.monotonic() - started

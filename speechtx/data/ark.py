@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal, Self, cast, get_args
 
 import numpy as np
 
@@ -30,6 +30,18 @@ _HEADER_BYTES = 32  # no header is longer
 _AUTOMATIC_COMPRESSION = 1
 
 
+def default_backend() -> Backend:
+    """The library named by the environment variable SPEECHTX_ARK_BACKEND, kaldiio if there is none.
+
+    Raises:
+        DataError: the variable names no library known here.
+    """
+    name = os.environ.get("SPEECHTX_ARK_BACKEND", "kaldiio")
+    if name not in get_args(Backend):
+        raise DataError(f"SPEECHTX_ARK_BACKEND={name}: known libraries for archives are {' and '.join(get_args(Backend))}")
+    return cast(Backend, name)
+
+
 class ArkWriter:
     """Writes matrices to an archive and its table; the files appear when the block ends without an exception, or not at all.
 
@@ -42,17 +54,17 @@ class ArkWriter:
         ark: path of the archive; the table points to it by its absolute path.
         scp: path of the table, None for an archive that is read from end to end.
         compress: Kaldi's lossy compression to 8 bits a value (about a quarter of the size).
-        backend: which library writes; both write what Kaldi reads.
+        backend: which library writes, by default `default_backend()`; both write what Kaldi reads.
     """
 
     def __init__(
-        self, *, ark: str | Path, scp: str | Path | None = None, compress: bool = False, backend: Backend = "kaldiio"
+        self, *, ark: str | Path, scp: str | Path | None = None, compress: bool = False, backend: Backend | None = None
     ) -> None:
         _require_plain(str(ark))
         self._ark = Path(os.path.abspath(ark))
         self._scp = scp
         self._compress = compress
-        self._backend = backend
+        self._backend = backend or default_backend()
         self._keys: set[str] = set()
         self._stack = contextlib.ExitStack()
 
@@ -92,7 +104,7 @@ class ArkWriter:
 
 
 def read_matrix(
-    location: str, *, dtype: type[np.floating] = np.float32, key: str = "", backend: Backend = "kaldiio"
+    location: str, *, dtype: type[np.floating] = np.float32, key: str = "", backend: Backend | None = None
 ) -> np.ndarray:
     """Reads one matrix.
 
@@ -100,7 +112,7 @@ def read_matrix(
         location: `file.ark:offset` as in an scp file, or a file that holds a single matrix (its key, if any, is skipped).
         dtype: np.float32 for features, np.float64 for statistics, whatever the archive holds.
         key: whose matrix it is; errors name it.
-        backend: which library reads.
+        backend: which library reads, by default `default_backend()`.
 
     Returns:
         (T, F) of `dtype`; compressed matrices are decompressed.
@@ -117,20 +129,20 @@ def read_matrix(
                 _read_key(stream, path)
                 offset = stream.tell()
             stream.seek(offset or 0)
-            return _read_entry(stream, path, dtype, backend, where)
+            return _read_entry(stream, path, dtype, backend or default_backend(), where)
     except OSError as err:
         raise DataError(f"{where}: cannot be read: {err.strerror or err}") from None
 
 
 def read_ark(
-    path: str | Path, *, dtype: type[np.floating] = np.float32, backend: Backend = "kaldiio"
+    path: str | Path, *, dtype: type[np.floating] = np.float32, backend: Backend | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (key, matrix) of a whole archive in its order; returns and raises as `read_matrix`, errors name the key."""
     _require_plain(str(path))
     try:
         with open(path, "rb") as stream:
             while key := _read_key(stream, path):
-                yield key, _read_entry(stream, str(path), dtype, backend, f"{path}: {key}")
+                yield key, _read_entry(stream, str(path), dtype, backend or default_backend(), f"{path}: {key}")
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror or err}") from None
 

@@ -21,7 +21,6 @@ from speechtx.config.errors import AudioError, DataError
 from speechtx.config.load import dump_config
 from speechtx.config.schema import FbankConfig
 from speechtx.data.ark import ArkWriter, read_matrix, read_scp
-from speechtx.data.ark import Backend as ArkBackend
 from speechtx.data.kaldi_table import Segment, is_pipe, read_segments, read_table, read_utt2spk
 from speechtx.frontend.audio import load_audio
 from speechtx.frontend.cmvn import CmvnStats
@@ -111,7 +110,6 @@ def extract_shard(
     scp: str | Path,
     compress: bool = False,
     backend: Backend = DEFAULT_BACKEND,
-    ark_backend: ArkBackend = "kaldiio",
     allow_pipes: bool = False,
 ) -> Extracted:
     """Computes features of some utterances; those that cannot be used are named on stderr and in `.skipped`, and left out.
@@ -123,7 +121,6 @@ def extract_shard(
         scp: its table; the other outputs have its name with another suffix.
         compress: Kaldi's 8-bit compression.
         backend: library that computes.
-        ark_backend: library that writes.
         allow_pipes: whether commands in wav.scp may run.
     """
     scp = Path(scp)
@@ -132,7 +129,7 @@ def extract_shard(
     skipped: dict[str, str] = {}
     frames, seconds = 0, 0.0
     progress = _Progress(scp.with_suffix(".progress"), len(sources))
-    with ArkWriter(ark=ark, scp=scp, compress=compress, backend=ark_backend) as writer:
+    with ArkWriter(ark=ark, scp=scp, compress=compress) as writer:
         for number, source in enumerate(_with_progress(sources, "fbank"), start=1):
             try:
                 samples = load_audio(

@@ -27,7 +27,9 @@ def features(num_frames: int = 50, seed: int = 0) -> np.ndarray:
 FEATS = {"ann-1": features(50, 1), "ann-2": features(1, 2), "bob-ü": features(300, 3)}
 
 
-def write(directory: Path, backend: Backend = "kaldiio", *, compress: bool = False, feats: dict[str, np.ndarray] = FEATS) -> Path:
+def write(
+    directory: Path, backend: Backend | None = "kaldiio", *, compress: bool = False, feats: dict[str, np.ndarray] = FEATS
+) -> Path:
     with ArkWriter(ark=directory / "f.ark", scp=directory / "f.scp", compress=compress, backend=backend) as writer:
         for key, matrix in feats.items():
             writer.write(key, matrix)
@@ -243,3 +245,9 @@ def test_a_malformed_table_is_named_by_line(tmp_path: Path, content: str, why: s
     (tmp_path / "f.scp").write_text(content)
     with pytest.raises(DataError, match=why):
         read_scp(tmp_path / "f.scp")
+
+
+def test_an_unknown_library_in_the_environment_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPEECHTX_ARK_BACKEND", "kaldi")
+    with pytest.raises(DataError, match="SPEECHTX_ARK_BACKEND=kaldi: known libraries"):
+        write(tmp_path, None)

@@ -9,7 +9,6 @@
 #   --config FILE        features (default conf/fbank.yaml)
 #   --compress           Kaldi's lossy 8-bit compression
 #   --backend NAME       kaldi-native-fbank (default) or torchaudio (faster from 20 minutes of audio a job on)
-#   --ark-backend NAME   kaldiio (default) or kaldi_native_io
 #   --allow-pipes        run the commands in wav.scp
 #
 # Needs wav.scp and utt2spk, and honours segments and utt2speed. Writes feats.scp, utt2num_frames, utt2dur, cmvn.scp, global_cmvn.ark and
@@ -17,7 +16,7 @@
 set -euo pipefail
 
 utils=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-nj=4 cmd="$utils/parallel/run.sh" config=conf/fbank.yaml compress=false backend=kaldi-native-fbank ark_backend=kaldiio allow_pipes=false
+nj=4 cmd="$utils/parallel/run.sh" config=conf/fbank.yaml compress=false backend=kaldi-native-fbank allow_pipes=false
 # shellcheck source=utils/parse_options.sh
 source "$utils/parse_options.sh"
 
@@ -57,7 +56,7 @@ mkdir -p "$data/fbank/log"
 rm -f "$data"/{feats.scp,utt2num_frames,utt2dur,fbank.yaml,cmvn.scp,global_cmvn.ark} "$data"/fbank/{feats.*,.feats.*,cmvn.ark,skipped.txt,log/fbank.*.log}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # the jobs are the parallelism
-options=(--data "$data" --config "$config" --backend "$backend" --ark-backend "$ark_backend")
+options=(--data "$data" --config "$config" --backend "$backend")
 $compress && options+=(--compress)
 $allow_pipes && options+=(--allow-pipes)
 watcher=''
