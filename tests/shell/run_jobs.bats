@@ -25,6 +25,13 @@ setup() {
   tail -1 x.log | grep -q '^# Ended (code 0) at .*, elapsed time [0-9]* seconds$'
 }
 
+@test "jobs run at the same time even where OpenMP is limited to one thread" {
+  (($(env -u OMP_NUM_THREADS nproc) > 1)) || skip "this machine has one processor"
+  # Each job waits for the other's file: one after the other, they would never end well.
+  OMP_NUM_THREADS=1 run "$runner" JOB=1:2 log/x.JOB.log bash -c 'touch "here.$0"; for _ in {1..100}; do [[ -e here.$((3 - $0)) ]] && exit 0; sleep 0.1; done; exit 1' JOB
+  [ "$status" -eq 0 ]
+}
+
 @test "a failed job is named with its log, its last 20 lines and the command that runs it again; the others finish" {
   run "$runner" JOB=1:4 log/x.JOB.log bash -c 'seq 100 130; echo "it broke" >&2; [[ $0 != 2 ]] || exit 7; touch done.$0' JOB
   [ "$status" -eq 1 ]

@@ -38,7 +38,7 @@ shift
 command=("$@")
 ((last == first)) || [[ $log == *"$name"* ]] || fail "$((last - first + 1)) jobs would write the same log $log; put $name into its name"
 if ((max_jobs_run == 0)); then
-  max_jobs_run=$(($(nproc) / (num_threads > 0 ? num_threads : 1)))
+  max_jobs_run=$(($(env -u OMP_NUM_THREADS nproc) / (num_threads > 0 ? num_threads : 1))) # nproc counts OpenMP threads where they are limited
   ((max_jobs_run > 0)) || max_jobs_run=1
 fi
 

@@ -27,7 +27,7 @@ exp=$1 data=$2 out=$3
 weights=${weights:-$exp/model.pt}
 read -ra runner <<<"${cmd:-$utils/parallel/run.sh}"   # a runner may come with options of its own
 if ((nj == 0)); then
-  if ((ngpu > 0)); then nj=1; else nj=$(nproc); fi
+  if ((ngpu > 0)); then nj=1; else nj=$(env -u OMP_NUM_THREADS nproc); fi
 fi
 
 for file in "$exp/config.yaml" "$weights" "$data/feats.scp" "$data/fbank.yaml" "$config"; do

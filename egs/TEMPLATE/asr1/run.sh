@@ -21,7 +21,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-stage=0 stop_stage=7 force=false restart=false nj=$(nproc) ngpu=0 seed=1 set=() exp='' speeds=''
+stage=0 stop_stage=7 force=false restart=false nj=$(env -u OMP_NUM_THREADS nproc) ngpu=0 seed=1 set=() exp='' speeds=''
 train_config=conf/train.yaml decode_config=conf/decode.yaml fbank_config=conf/fbank.yaml
 train_set=train dev_set=dev test_sets=(test) note='' # a plain statement for the top of RESULTS.md
 

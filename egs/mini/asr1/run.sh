@@ -23,7 +23,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-stage=0 stop_stage=7 force=false restart=false nj=$(nproc) ngpu=0 seed=1 set=() exp='' speeds='' smoke=false
+stage=0 stop_stage=7 force=false restart=false nj=$(env -u OMP_NUM_THREADS nproc) ngpu=0 seed=1 set=() exp='' speeds='' smoke=false
 train_config=conf/train.yaml decode_config=conf/decode.yaml fbank_config=conf/fbank.yaml
 train_set=train dev_set=dev test_sets=(test)
 note='Synthetic speech, made with eSpeak NG: these scores show that the pipeline works and say nothing about real speech.'
