@@ -268,8 +268,6 @@ class _Progress:
 
 def _with_progress(items: Collection[Item], what: str) -> Iterable[Item]:
     """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return items
     from tqdm import tqdm
 
-    return tqdm(items, unit="utt", desc=what, leave=False)
+    return tqdm(items, unit="utt", desc=what, leave=False, disable=None)

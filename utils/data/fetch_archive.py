@@ -102,7 +102,7 @@ def _fetch_rest(url: str, part: Path, *, timeout: float) -> bool:
         total = have + int(length) if length is not None else None
         with (
             open(part, "ab" if have else "wb") as out,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, delay=2, file=sys.stderr) as bar,
+            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, delay=2, disable=None) as bar,
         ):
             while chunk := response.read(CHUNK):
                 out.write(chunk)
@@ -168,7 +168,7 @@ def extract(archive: Path, out_dir: Path, *, max_bytes: int = 8 << 30, digest: s
             assert tar.fileobj is not None
             while tar.fileobj.read(CHUNK):  # to the very end, because only there gzip compares its checksum
                 pass
-            for member in tqdm(members, unit="file", desc=f"unpack {archive.name}", delay=2, file=sys.stderr):
+            for member in tqdm(members, unit="file", desc=f"unpack {archive.name}", delay=2, disable=None):
                 _write_member(tar, member, scratch)
         (scratch / STAMP).write_text(json.dumps({"archive": archive.name, "sha256": digest}) + "\n")
         scratch.chmod(0o755)

@@ -152,7 +152,7 @@ def make_corpus(
         # maxtasksperchild=1 gives every voice a process that has not spoken yet; the parent never loads eSpeak.
         with (
             multiprocessing.get_context("fork").Pool(nj, maxtasksperchild=1) as pool,
-            tqdm(total=total, unit="utt", desc="synthesize", delay=2, mininterval=0.5 if sys.stderr.isatty() else 15) as bar,
+            tqdm(total=total, unit="utt", desc="synthesize", delay=2, disable=None) as bar,
         ):
             for count in pool.imap_unordered(speak, tasks, chunksize=1):
                 bar.update(count)
