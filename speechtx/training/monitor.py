@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -70,7 +71,8 @@ class Monitor:
             f"ETA {clock(remaining)}"
         )
         if self.live:
-            self.stream.write("\r\x1b[K" + line[:200])
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased again
+            self.stream.write("\r\x1b[K" + line[:width])
             self.stream.flush()
         if step % LOG_EVERY_STEPS == 0:
             self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step} {line}\n")
