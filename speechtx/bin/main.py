@@ -92,6 +92,14 @@ def _run_verb(verb: str, words: list[str]) -> int:
     except SpeechtxError as err:
         print(f"speechtx {verb}: error: {err}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise  # `main` knows what to do
+    except OSError as err:  # a full disk, a folder that may not be written: the machine's fault, not ours
+        if err.strerror is None:
+            raise
+        where = "" if err.filename is None else f"{err.filename}: "
+        print(f"speechtx {verb}: error: {where}{err.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"speechtx {verb}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

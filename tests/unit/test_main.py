@@ -75,6 +75,24 @@ def test_an_error_of_the_input_is_one_message_and_status_1(verb: types.ModuleTyp
     assert capsys.readouterr().err == "speechtx cmvn: error: data/train/text:3: no transcript\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "exp/a"), "exp/a: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_full_disk_or_a_forbidden_folder_is_a_message(
+    verb: types.ModuleType, capsys: pytest.CaptureFixture[str], error: OSError, message: str
+) -> None:
+    def run(args: object) -> int:
+        raise error
+
+    verb.run = run  # type: ignore[attr-defined]
+    assert front.main(["cmvn", "--data", "x"]) == 1
+    assert capsys.readouterr().err == f"speechtx cmvn: error: {message}\n"
+
+
 def test_a_bug_of_ours_keeps_its_traceback(verb: types.ModuleType) -> None:
     def run(args: object) -> int:
         raise KeyError("ours")
