@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from speechtx.config.errors import DataError
 from speechtx.config.schema import FeaturesConfig, SpecAugmentConfig
 from speechtx.data.ark import read_matrix, read_scp
-from speechtx.data.batching import make_batches
 from speechtx.data.manifest import Utterance
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
 from speechtx.frontend.specaugment import spec_augment
@@ -101,8 +100,8 @@ class FeatureReader:
         return self.speaker_cmvn[utterance.speaker]
 
 
-class Corpus(Dataset[Batch]):
-    """Utterances with their tokens; indexing with a list of indices gives a batch.
+class Corpus(Dataset[Batch | DataError]):
+    """Utterances with their tokens, loaded batch by batch.
 
     Args:
         utterances: rows of the table.
@@ -131,7 +130,19 @@ class Corpus(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def __getitem__(self, indices: list[int]) -> Batch:
+    def __getitem__(self, indices: list[int]) -> Batch | DataError:
+        """A batch, or the error that one of its utterances raised: thrown in a worker, torch would wrap it in its traceback."""
+        try:
+            return self.batch(indices)
+        except DataError as err:
+            return err
+
+    def batch(self, indices: list[int]) -> Batch:
+        """Loads one batch in this process.
+
+        Raises:
+            DataError: see `FeatureReader`.
+        """
         return collate(
             [self.utterances[i].id for i in indices],
             [self._features(i) for i in indices],
@@ -150,17 +161,23 @@ class Corpus(Dataset[Batch]):
         return self
 
     def batches(self, indices: list[list[int]], *, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
-        """Loads the given batches in order, `workers` processes ahead of the consumer (0: in this process)."""
-        return iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                sampler=indices,  # each "sample" is a whole batch
-                num_workers=min(workers, len(indices)),
-                pin_memory=pin,
-                prefetch_factor=4 if workers and indices else None,
-            )
+        """Loads the given batches in order, `workers` processes ahead of the consumer (0: in this process).
+
+        Raises:
+            DataError: when the batch that cannot be loaded is reached; see `FeatureReader`.
+        """
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=indices,  # each "sample" is a whole batch
+            num_workers=min(workers, len(indices)),
+            pin_memory=pin,
+            prefetch_factor=4 if workers and indices else None,
         )
+        for loaded in loader:
+            if isinstance(loaded, DataError):
+                raise loaded
+            yield loaded
 
 
 def collate(ids: list[str], feats: Sequence[np.ndarray], tokens: Sequence[Sequence[int]]) -> Batch:
@@ -175,15 +192,3 @@ def collate(ids: list[str], feats: Sequence[np.ndarray], tokens: Sequence[Sequen
     return Batch(
         ids, torch.from_numpy(padded), torch.tensor(feat_lens), torch.from_numpy(padded_tokens), torch.tensor(token_lens)
     )
-
-
-def iter_decode_batches(
-    utterances: Sequence[Utterance], reader: FeatureReader, *, frames_per_batch: int, max_utts: int = 64
-) -> Iterator[Batch]:
-    """Batches for decoding, longest first; a single utterance longer than the budget is a batch of its own."""
-    lengths = [u.num_frames for u in utterances]
-    budget = max([frames_per_batch, *lengths])
-    indices = make_batches(lengths, frames_per_batch=budget, max_utts=max_utts)
-    corpus = Corpus(utterances=utterances, tokens=[[] for _ in utterances], reader=reader)
-    for batch in indices:
-        yield corpus[batch]

@@ -62,10 +62,15 @@ def start(ngpu: int) -> World:
         ngpu: 0 trains on the CPU (gloo between processes), otherwise each process takes one GPU (nccl).
 
     Raises:
-        TrainingError: a GPU was asked for and there is none.
+        TrainingError: a GPU was asked for and there is none, or several were asked for in one process.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if ngpu > 1 and size == 1:
+        raise TrainingError(
+            f"--ngpu {ngpu}, but this is one process, which would use one GPU; start one for each: "
+            f"torchrun --standalone --nproc-per-node {ngpu} -m speechtx.bin.main train ... (utils/steps/train.sh does)"
+        )
     if ngpu:
         if torch.cuda.device_count() <= local_rank:
             raise TrainingError(

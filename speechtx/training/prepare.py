@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import speechtx
-from speechtx.config.atomic import write_text
+from speechtx.config.atomic import replacing, write_text
 from speechtx.config.errors import TrainingError
 from speechtx.config.load import dump_config, load_config
 from speechtx.config.schema import FbankConfig, TrainConfig, TrainingConfig
@@ -92,16 +92,25 @@ def lay_out_experiment(exp: Path, config: TrainConfig, fbank: FbankConfig, data:
                 f"{exp} holds an experiment with another configuration ({', '.join(different)}); "
                 "give another --exp, or remove the directory to start again"
             )
+    tokenizer = Tokenizer.load(data.tokenizer)
     if not (exp / "tokenizer").is_dir():
         shutil.copytree(data.tokenizer, exp / "tokenizer.new", dirs_exist_ok=True)
         (exp / "tokenizer.new").rename(exp / "tokenizer")
-    if Tokenizer.load(exp / "tokenizer").pieces != Tokenizer.load(data.tokenizer).pieces:
+    if Tokenizer.load(exp / "tokenizer").model_proto != tokenizer.model_proto:
         raise TrainingError(f"{exp}/tokenizer is not the tokenizer of {data.tokenizer}; give another --exp")
     if config.features.cmvn == "global":
         source = data.train / "global_cmvn.ark"
         if not source.is_file():
             raise TrainingError(f"{source}: missing; run stage fbank on the training set")
-        shutil.copyfile(source, exp / "global_cmvn.ark")
+        statistics = source.read_bytes()
+        stored = exp / "global_cmvn.ark"
+        if stored.is_file() and old.is_file() and stored.read_bytes() != statistics:
+            raise TrainingError(
+                f"{source} is not what {exp} was trained with: the training set's features changed; give another --exp, or "
+                "remove the directory to start again"
+            )
+        with replacing(stored, "wb") as stream:
+            stream.write(statistics)
     write_text(exp / "fbank.yaml", dump_config(fbank))
     write_text(old, dump_config(config))
 

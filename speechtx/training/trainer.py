@@ -8,6 +8,9 @@ N processes compute the same global batches as one.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,9 +80,13 @@ class Trainer:
         """Trains until the configured number of epochs is done, from the newest checkpoint if there is one.
 
         Raises:
-            TrainingError: too many non-finite steps, an unreadable or foreign checkpoint, a full disk.
+            TrainingError: too many non-finite steps, a full disk, a checkpoint that is unreadable or was made with another model
+                or training set.
         """
         (self.exp / "checkpoints").mkdir(exist_ok=True)
+        if self.world.is_main:
+            for leftover in (self.exp / "checkpoints").glob(".*.tmp"):  # a kill in the middle of a write left it
+                leftover.unlink()
         self.resume()
         while self.epoch <= self.train_config.epochs:
             self.train_epoch()
@@ -249,7 +256,16 @@ class Trainer:
             "sums": self.sums,
             "history": self.history,
             "group_size": self.train_config.accum_steps * self.world.size,
+            "corpus_hash": self.corpus_hash,
         }
+
+    @functools.cached_property
+    def corpus_hash(self) -> str:
+        """Of what decides the batches and their targets: ids, lengths and tokens of the training set."""
+        rows = [
+            (u.id, u.num_frames, list(ids)) for u, ids in zip(self.train_corpus.utterances, self.train_corpus.tokens, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def save(self) -> None:
         if self.world.is_main:
@@ -262,6 +278,11 @@ class Trainer:
             return
         if state["config_hash"] != config_hash(self.config.model):
             raise TrainingError(f"{self.exp}/checkpoints: made by a model of another configuration; choose another --exp")
+        if state.get("corpus_hash", self.corpus_hash) != self.corpus_hash:
+            raise TrainingError(
+                f"{self.exp}/checkpoints: the training set is not the one this experiment began with (utterances, lengths or "
+                "tokens differ); choose another --exp, or train from nothing (utils/steps/train.sh --restart)"
+            )
         group_size = self.train_config.accum_steps * self.world.size
         if state["index"] and state["group_size"] != group_size:
             raise TrainingError(

@@ -16,6 +16,7 @@ from speechtx.config.schema import AverageConfig, OptimizerConfig, ScheduleConfi
 from speechtx.data.ark import ArkWriter, read_matrix
 from speechtx.data.manifest import load_manifest
 from speechtx.experiment.experiment import Experiment
+from speechtx.training import distributed
 from speechtx.training import trainer as trainer_module
 from speechtx.training.averaging import average_checkpoints, choose_epochs, epoch_path
 from speechtx.training.checkpoint import load_checkpoint, save_checkpoint
@@ -52,6 +53,14 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         original(self, *args)
 
     monkeypatch.setattr(trainer_module.Trainer, "train_step", dying)
+
+
+def copied(data: TrainingData, train_dir: Path) -> TrainingData:
+    """The same data with a training directory of its own, to be broken."""
+    train_dir.mkdir()
+    for path in data.train.iterdir():
+        (train_dir / path.name).write_bytes(path.read_bytes())
+    return TrainingData(train=train_dir, dev=data.dev, tokenizer=data.tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------ the whole
@@ -187,7 +196,49 @@ def test_an_utterance_without_a_transcript_is_named(data: TrainingData, tmp_path
         load_manifest(broken)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_feature_is_one_sentence_from_a_loader_process_too(
+    data: TrainingData, tmp_path: Path, workers: int
+) -> None:
+    broken = copied(data, tmp_path / "train")
+    (broken.train / "feats.scp").write_text((data.train / "feats.scp").read_text().replace("feats.ark:", "feats.ark:1"))
+    with pytest.raises(DataError, match=r"^\S+feats\.ark:\d+: s\d-\d+: [^\n]*$"):
+        train(tiny_config(f"training.loader_workers={workers}"), broken, tmp_path / "exp")
+
+
+@pytest.mark.parametrize("changed", ["transcripts", "features"])
+def test_an_experiment_is_not_continued_with_another_training_set(data: TrainingData, tmp_path: Path, changed: str) -> None:
+    ours = copied(data, tmp_path / "train")
+    train(tiny_config("training.epochs=1"), ours, tmp_path / "exp")
+    if changed == "transcripts":
+        first, *others = (ours.train / "text").read_text().splitlines()
+        (ours.train / "text").write_text("\n".join([f"{first} A", *others]) + "\n")
+    else:
+        with ArkWriter(ark=ours.train / "global_cmvn.ark", scp=ours.train / "global_cmvn.scp") as writer:
+            writer.write("global", 2 * read_matrix(f"{data.train / 'global_cmvn.ark'}", dtype=np.float64))
+    with pytest.raises(TrainingError, match="training set"):
+        train(tiny_config("training.epochs=2"), ours, tmp_path / "exp")
+    assert len(history(tmp_path / "exp")) == 1
+
+
+def test_a_missing_tokenizer_is_named(data: TrainingData, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="no such file; make the tokenizer"):
+        train(tiny_config(), TrainingData(train=data.train, dev=data.dev, tokenizer=tmp_path / "none"), tmp_path / "exp")
+
+
+def test_several_gpus_in_one_process_are_refused_with_the_way_to_start_them() -> None:
+    with pytest.raises(TrainingError, match="torchrun --standalone --nproc-per-node 2"):
+        distributed.start(2)
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_what_a_kill_left_of_a_checkpoint_does_not_pile_up(data: TrainingData, tmp_path: Path) -> None:
+    train(tiny_config("training.epochs=1"), data, tmp_path / "exp")
+    (tmp_path / "exp" / "checkpoints" / ".last.pt.new.abc.tmp").write_bytes(b"torn")
+    train(tiny_config("training.epochs=1"), data, tmp_path / "exp")
+    assert not list((tmp_path / "exp" / "checkpoints").glob(".*"))
 
 
 def test_a_torn_checkpoint_falls_back_to_the_previous_one(tmp_path: Path) -> None:
