@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         if args.config is not None:
             config = load_config(args.config, DecodeConfig, args.overrides)
         else:
-            config = parse_config("", DecodeConfig, args.overrides)
+            config = parse_config("", DecodeConfig, args.overrides, source="options")
         share_threads(args.num_jobs)
         job = args.job or 1
         results = decode_job(

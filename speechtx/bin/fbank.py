@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     from speechtx.frontend.fbank import DEFAULT_BACKEND
 
     config = (
-        load_config(args.config, FbankConfig, args.overrides) if args.config else parse_config("", FbankConfig, args.overrides)
+        load_config(args.config, FbankConfig, args.overrides)
+        if args.config
+        else parse_config("", FbankConfig, args.overrides, source="options")
     )
     if args.merge:
         result = merge_shards(args.data, config=config, num_jobs=args.num_jobs)

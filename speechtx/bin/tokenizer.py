@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if args.config is not None:
             config = load_config(args.config, TrainConfig, args.overrides).tokenizer
         else:
-            config = parse_config("", TrainConfig, args.overrides).tokenizer
+            config = parse_config("", TrainConfig, args.overrides, source="options").tokenizer
         tokenizer = train_tokenizer(read_table(args.text).values(), config=config, out_dir=args.out)
         print(f"{args.out}: {config.type}, {tokenizer.vocab_size} tokens with <blank>, <unk> and <sos/eos>")
     for path in ([args.text] if args.text else []) + args.report:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None:
         decode = load_config(args.config, DecodeConfig, overrides)
     elif overrides:
-        decode = parse_config("", DecodeConfig, overrides)
+        decode = parse_config("", DecodeConfig, overrides, source="options")
     recognizer = load_recognizer(args.exp, weights=args.weights, device=args.device, decode=decode)
     status = 0
     for name, found in zip(args.audio, recognizer.transcribe_each(args.audio), strict=True):

@@ -155,6 +155,8 @@ def read_scp(path: str | Path) -> dict[str, str]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as err:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {err}") from None
     table: dict[str, str] = {}

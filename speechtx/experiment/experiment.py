@@ -93,7 +93,7 @@ def load_weights(model: Recognizer, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch raises many kinds: pickle, zip, runtime errors
-        raise ExperimentError(f"{path}: cannot be read as weights: {err}") from None
+        raise ExperimentError(f"{path}: not a file of weights, or a damaged one ({type(err).__name__}: {err})") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]  # a resumable checkpoint
     try:

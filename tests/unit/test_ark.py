@@ -207,6 +207,11 @@ def test_commands_in_locations_never_run(tmp_path: Path, backend: Backend) -> No
     assert not witness.exists()
 
 
+def test_a_table_that_is_not_there_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"feats\.scp: no such file$"):
+        read_scp(tmp_path / "feats.scp")
+
+
 def test_a_table_may_separate_by_tabs_and_may_be_empty(tmp_path: Path) -> None:
     (tmp_path / "f.scp").write_text("a\tdir name/f.ark:1\nb  f.ark:2\n")
     assert read_scp(tmp_path / "f.scp") == {"a": "dir name/f.ark:1", "b": "f.ark:2"}

@@ -213,6 +213,7 @@ def test_features_computed_otherwise_are_refused_by_field(exp, data, tmp_path, c
         (["--num-jobs", "0"], "at least 1"),
         (["--set", "baem=4"], "did you mean 'beam'"),
         (["--weights", "/no/such.pt"], "/no/such.pt"),
+        (["--weights", __file__], "not a file of weights, or a damaged one (UnpicklingError"),
     ],
 )
 def test_wrong_requests_are_errors_with_the_cause(exp, data, tmp_path, capsys, arguments, word):
@@ -318,7 +319,7 @@ def test_json_lists_the_n_best_with_the_parts_of_their_scores(exp, data, capsys)
         assert set(h) == {"text", "tokens", "score", "ctc", "att", "length_bonus"}
         assert h["score"] == pytest.approx(0.7 * h["att"] + 0.3 * h["ctc"] + h["length_bonus"], abs=1e-6)
     assert main(["transcribe", str(exp), "--json", "--nbest", "30", str(data / "utt4.wav")]) == 1
-    assert "nbest 30 exceeds beam 10" in capsys.readouterr().err
+    assert "error: options: (top level): nbest 30 exceeds beam 10" in capsys.readouterr().err
 
 
 def test_a_file_at_another_rate_is_resampled_and_the_log_says_so(exp, tmp_path, caplog):
