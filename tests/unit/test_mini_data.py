@@ -70,10 +70,10 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def test_sets_share_no_sentence_and_no_voice_at_full_size(mini):
-    sets = mini.synthesize.plan({"train": 1800, "dev": 100, "test": 200}, seed=1)
+    sets = mini.synthesize.plan({"train": 3000, "dev": 100, "test": 200}, seed=1)
     said = {name: [item.words for items in dealt.values() for item in items] for name, dealt in sets.items()}
     variants = {name: {voice.variant for voice in dealt} for name, dealt in sets.items()}
-    assert {name: len(sentences) for name, sentences in said.items()} == {"train": 1800, "dev": 100, "test": 200}
+    assert {name: len(sentences) for name, sentences in said.items()} == {"train": 3000, "dev": 100, "test": 200}
     for left, right in itertools.combinations(sets, 2):
         assert not set(said[left]) & set(said[right])
         assert not variants[left] & variants[right]
@@ -100,7 +100,7 @@ def test_a_larger_training_set_leaves_dev_and_test_as_they_are(mini):
 
 
 def test_sorting_by_utterance_sorts_by_speaker(mini):
-    for dealt in mini.synthesize.plan({"train": 1800, "dev": 100, "test": 200}, seed=1).values():
+    for dealt in mini.synthesize.plan({"train": 3000, "dev": 100, "test": 200}, seed=1).values():
         pairs = sorted((item.key, voice.speaker) for voice, items in dealt.items() for item in items)
         assert all(key.startswith(f"{speaker}-") for key, speaker in pairs)
         assert [speaker for _, speaker in pairs] == sorted(speaker for _, speaker in pairs)

@@ -69,7 +69,7 @@ def _date(rng: random.Random) -> str:
 
 
 def _edit(rng: random.Random) -> str:
-    letters = rng.choices(LETTERS, k=rng.randint(1, 3))
+    letters = rng.choices(LETTERS, k=rng.randint(1, 2))
     return " ".join([rng.choice(_EDITS), *letters, number(rng.randint(0, 99))])
 
 
@@ -82,11 +82,11 @@ def _move(rng: random.Random) -> str:
 
 
 _TEMPLATES: list[tuple[float, Callable[[random.Random], str]]] = [
-    (0.30, _spelled_name),
-    (0.20, _digit_string),
-    (0.18, _date),
-    (0.20, _edit),
-    (0.12, _move),
+    (0.20, _spelled_name),
+    (0.26, _digit_string),
+    (0.24, _date),
+    (0.15, _edit),
+    (0.15, _move),
 ]
 
 

@@ -5,7 +5,7 @@ that the whole pipeline can run and be checked in minutes without a download; er
 
 Sets are disjoint in voices (eSpeak variants) and in sentences. Each utterance draws, from a generator seeded with the corpus seed
 and its id: speaking rate, pitch, intonation, pauses between words, silence around the speech, a kind of noise, a signal to noise
-ratio of 12 to 30 dB, and a peak level of -20 to -3 dB. Files are 16 kHz, 16 bit, mono wav. A seed and the sizes fix every byte
+ratio of 18 to 40 dB, and a peak level of -20 to -3 dB. Files are 16 kHz, 16 bit, mono wav. A seed and the sizes fix every byte
 (with one version of eSpeak NG, NumPy and soxr; another processor may round differently). eSpeak NG itself is GPL-3.0; what it
 says is yours.
 
@@ -102,7 +102,7 @@ def render(speaker: Espeak, utterance: Utterance, rng: np.random.Generator) -> n
     before, after = (int(SAMPLE_RATE * seconds) for seconds in rng.uniform(0.1, 0.3, size=2))
     speech = np.pad(dry, (before, after))
     background = noise.make_noise(str(rng.choice(list(noise.KINDS))), rng, speech.size, SAMPLE_RATE)
-    noisy = noise.add_noise(speech, background, snr_db=rng.uniform(12.0, 30.0))
+    noisy = noise.add_noise(speech, background, snr_db=rng.uniform(18.0, 40.0))
     level = 10 ** (rng.uniform(-20.0, -3.0) / 20)
     return np.round(noisy / np.abs(noisy).max() * level * 32767).astype(np.int16)
 
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("corpus/synthetic"), help="where the audio goes (%(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the data directories go (%(default)s)")
-    parser.add_argument("--num-train", type=int, default=1800)
+    parser.add_argument("--num-train", type=int, default=3000)
     parser.add_argument("--num-dev", type=int, default=100)
     parser.add_argument("--num-test", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
