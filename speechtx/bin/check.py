@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
 
 GIB = 1 << 30
-PACKAGES = ("kaldiio", "kaldi_native_fbank", "sentencepiece", "soundfile", "soxr", "tqdm", "tensorboard", "matplotlib")
+PACKAGES = (
+    "kaldiio",
+    "kaldi_native_io",
+    "kaldi_native_fbank",
+    "sentencepiece",
+    "soundfile",
+    "soxr",
+    "tqdm",
+    "tensorboard",
+    "matplotlib",
+)
 
 
 @dataclass(frozen=True)

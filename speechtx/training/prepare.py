@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -10,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +77,28 @@ def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, con
     return Selection(kept, tokens, left_out)
 
 
+@contextlib.contextmanager
+def only_one_training(exp: Path) -> Iterator[None]:
+    """Holds the experiment directory, made if it is not there, for this process until the block ends or the process dies.
+
+    Raises:
+        TrainingError: another process trains in it.
+    """
+    exp.mkdir(parents=True, exist_ok=True)
+    with open(exp / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"{exp}: another process is training here; wait for it, or give another --exp") from None
+        yield
+
+
 def lay_out_experiment(exp: Path, config: TrainConfig, fbank: FbankConfig, data: TrainingData) -> None:
     """Makes the experiment directory, or checks that an existing one belongs to the same experiment.
 
     Raises:
         TrainingError: the directory holds another experiment; the message names the keys that differ.
     """
-    exp.mkdir(parents=True, exist_ok=True)
     old = exp / "config.yaml"
     if old.is_file():
         different = differing_keys(load_config(old, TrainConfig), config)

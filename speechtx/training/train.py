@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from speechtx.config.schema import TrainConfig
+from speechtx.config.schema import FbankConfig, TrainConfig
 from speechtx.experiment.experiment import Experiment
 from speechtx.training import distributed, prepare
 from speechtx.training.monitor import Monitor
@@ -28,30 +29,32 @@ def train(config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: i
     world = distributed.start(ngpu)
     try:
         fbank = prepare.check_features_agree(data)
-        if world.is_main:
-            prepare.lay_out_experiment(exp, config, fbank, data)
-        world.barrier()
-        train_corpus, dev_corpus, notes = prepare.build_corpora(exp, data, config)
-        torch.manual_seed(config.seed)
-        model = Experiment.open(exp).new_model()
-        num_parameters = sum(p.numel() for p in model.parameters())
-        monitor = Monitor(exp=exp, epochs=config.training.epochs, enabled=world.is_main)
-        try:
-            device = prepare.device_name(world.device)
-            for note in notes:
-                monitor.say(note)
-            monitor.say(
-                f"model: {num_parameters:,} parameters on {device}" + (f", {world.size} processes" if world.size > 1 else "")
-            )
-            if world.is_main:
-                prepare.describe_run(exp, device=device, num_parameters=num_parameters, seed=config.seed, processes=world.size)
-            trainer = Trainer(
-                config=config, model=model, train=train_corpus, dev=dev_corpus, exp=exp, world=world, monitor=monitor
-            )
-            trainer.run()
-            if world.is_main:
-                prepare.finish_run(exp, trainer.seconds)
-        finally:
-            monitor.close()
+        with prepare.only_one_training(exp) if world.is_main else nullcontext():
+            _train(config, data, exp, fbank, world)
     finally:
         distributed.stop(world)
+
+
+def _train(config: TrainConfig, data: prepare.TrainingData, exp: Path, fbank: FbankConfig, world: distributed.World) -> None:
+    if world.is_main:
+        prepare.lay_out_experiment(exp, config, fbank, data)
+    world.barrier()
+    train_corpus, dev_corpus, notes = prepare.build_corpora(exp, data, config)
+    torch.manual_seed(config.seed)
+    model = Experiment.open(exp).new_model()
+    num_parameters = sum(p.numel() for p in model.parameters())
+    device = prepare.device_name(world.device)
+    monitor = Monitor(exp=exp, epochs=config.training.epochs, enabled=world.is_main)
+    try:
+        for note in notes:
+            monitor.say(note)
+        processes = f", {world.size} processes" if world.size > 1 else ""
+        monitor.say(f"model: {num_parameters:,} parameters on {device}{processes}")
+        if world.is_main:
+            prepare.describe_run(exp, device=device, num_parameters=num_parameters, seed=config.seed, processes=world.size)
+        trainer = Trainer(config=config, model=model, train=train_corpus, dev=dev_corpus, exp=exp, world=world, monitor=monitor)
+        trainer.run()
+        if world.is_main:
+            prepare.finish_run(exp, trainer.seconds)
+    finally:
+        monitor.close()

@@ -21,7 +21,7 @@ from speechtx.training import trainer as trainer_module
 from speechtx.training.averaging import average_checkpoints, choose_epochs, epoch_path
 from speechtx.training.checkpoint import load_checkpoint, save_checkpoint
 from speechtx.training.optim import build_optimizer, learning_rate
-from speechtx.training.prepare import TrainingData
+from speechtx.training.prepare import TrainingData, only_one_training
 from speechtx.training.train import train
 
 
@@ -229,6 +229,12 @@ def test_a_missing_tokenizer_is_named(data: TrainingData, tmp_path: Path) -> Non
 def test_several_gpus_in_one_process_are_refused_with_the_way_to_start_them() -> None:
     with pytest.raises(TrainingError, match="torchrun --standalone --nproc-per-node 2"):
         distributed.start(2)
+
+
+def test_a_second_training_in_the_same_directory_is_refused(data: TrainingData, tmp_path: Path) -> None:
+    with only_one_training(tmp_path / "exp"), pytest.raises(TrainingError, match="another process is training here"):
+        train(tiny_config("training.epochs=1"), data, tmp_path / "exp")
+    train(tiny_config("training.epochs=1"), data, tmp_path / "exp")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
