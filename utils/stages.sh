@@ -70,7 +70,8 @@ start_recipe() {
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --decode-config "$decode_config"
     --exp "$exp" --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu")
   # What RESULTS.md shows as the command that reproduces it.
-  SPEECHTX_RECIPE_COMMAND="cd ${PWD#"$SPEECHTX_ROOT"/} && ./run.sh${_po_arguments[*]:+ ${_po_arguments[*]@Q}}"
+  SPEECHTX_RECIPE_COMMAND="cd ${PWD#"$SPEECHTX_ROOT"/} && ./run.sh"
+  ((${#_po_arguments[@]} == 0)) || SPEECHTX_RECIPE_COMMAND+=$(printf ' %q' "${_po_arguments[@]}")
   export SPEECHTX_RECIPE_COMMAND
   trap 'stage_failed $?' EXIT
 }
