@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from speechtx.config.atomic import replacing
 from speechtx.config.errors import ExperimentError
@@ -72,12 +73,19 @@ def _series(axis: Axes, epochs: Sequence[dict[str, Any]], part: str, name: str, 
     axis.plot([e["epoch"] for e in epochs], [e[part][name] for e in epochs], label=label, **style)
 
 
+def _log_scale(axis: Axes) -> None:
+    """Ticks at 1, 2 and 5 of each decade: few enough not to overlap over several decades."""
+    axis.set(ylabel="nats per token", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
 def _losses(axis: Axes, epochs: Sequence[dict[str, Any]]) -> None:
     _series(axis, epochs, "train", "loss", "train (with dropout, SpecAugment)", **TRAIN)
     _series(axis, epochs, "dev", "loss", "dev", **DEV)
-    axis.set(title="joint loss", ylabel="nats per token", yscale="log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.set_title("joint loss")
+    _log_scale(axis)
     axis.legend()
 
 
@@ -87,9 +95,8 @@ def _parts(axis: Axes, epochs: Sequence[dict[str, Any]], names: Sequence[str]) -
     for name in names:
         _series(axis, epochs, "train", name, f"{titles[name]}, train", color=colors[name], linestyle="--")
         _series(axis, epochs, "dev", name, f"{titles[name]}, dev", color=colors[name])
-    axis.set(title="parts of the loss", ylabel="nats per token", yscale="log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.set_title("parts of the loss")
+    _log_scale(axis)
     axis.legend()
 
 
