@@ -82,21 +82,25 @@ def _move(rng: random.Random) -> str:
 
 
 _TEMPLATES: list[tuple[float, Callable[[random.Random], str]]] = [
-    (0.20, _spelled_name),
-    (0.26, _digit_string),
-    (0.24, _date),
-    (0.15, _edit),
-    (0.15, _move),
+    (0.28, _digit_string),
+    (0.26, _date),
+    (0.14, _edit),
+    (0.17, _move),
 ]
 
 
-def sentences(seed: int) -> Iterator[str]:
-    """Endless different sentences; the same ones in the same order for a seed."""
+def sentences(seed: str, *, spelled: float, seen: set[str]) -> Iterator[str]:
+    """Endless different sentences; the same ones in the same order for a seed.
+
+    Args:
+        seed: of the random choices.
+        spelled: the share of spelled names; the others keep their proportions.
+        seen: sentences that must not come again; grows by each one that is given out.
+    """
     rng = random.Random(seed)
     weights = [weight for weight, _ in _TEMPLATES]
-    seen: set[str] = set()
     while True:
-        make = rng.choices([make for _, make in _TEMPLATES], weights)[0]
+        make = _spelled_name if rng.random() < spelled else rng.choices([make for _, make in _TEMPLATES], weights)[0]
         sentence = make(rng)
         if sentence not in seen:
             seen.add(sentence)
