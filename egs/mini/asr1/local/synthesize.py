@@ -3,11 +3,11 @@
 THIS IS SYNTHETIC SPEECH. eSpeak NG (a formant synthesiser) says sentences made from templates; we add noise. The corpus exists so
 that the whole pipeline can run and be checked in minutes without a download; error rates on it say nothing about real speech.
 
-Sets are disjoint in voices (an eSpeak variant with an accent) and in sentences. Each utterance draws, from a generator seeded with the corpus seed
-and its id: speaking rate, pitch, intonation, pauses between words, silence around the speech, a kind of noise, a signal to noise
-ratio of 18 to 40 dB, and a peak level of -20 to -3 dB. Files are 16 kHz, 16 bit, mono wav. A seed and the sizes fix every byte
-(with one version of eSpeak NG, NumPy and soxr; another processor may round differently). eSpeak NG itself is GPL-3.0; what it
-says is yours.
+Sets are disjoint in voices (an eSpeak variant with an accent) and in sentences. Each utterance draws, from a generator seeded
+with the corpus seed and its id: speaking rate, pitch, intonation, pauses between words, silence around the speech, a kind of
+noise, a signal to noise ratio of 18 to 40 dB, and a peak level of -20 to -3 dB. Files are 16 kHz, 16 bit, mono wav. A seed and
+the sizes fix every byte (with one version of eSpeak NG, NumPy and soxr; another processor may round differently). eSpeak NG
+itself is GPL-3.0; what it says is yours.
 
 Layout: <corpus>/wav/<speaker>/<speaker>-<number>.wav and <corpus>/corpus.json, which says how it was made.
 """
