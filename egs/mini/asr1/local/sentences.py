@@ -69,8 +69,7 @@ def _date(rng: random.Random) -> str:
 
 
 def _edit(rng: random.Random) -> str:
-    letters = rng.choices(LETTERS, k=rng.randint(1, 2))
-    return " ".join([rng.choice(_EDITS), *letters, number(rng.randint(0, 99))])
+    return " ".join([rng.choice(_EDITS), rng.choice(LETTERS), number(rng.randint(0, 99))])
 
 
 def _move(rng: random.Random) -> str:

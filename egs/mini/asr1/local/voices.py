@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_ACCENTS = {"us": "en-us", "gb": "en", "sco": "en-gb-scotland", "nyc": "en-us-nyc", "rp": "en-gb-x-rp", "car": "en-029"}
+_ACCENTS = {"us": "en-us", "gb": "en", "rp": "en-gb-x-rp"}
 
 _VARIANTS = """
     adam Alex Andrea Andy anika Annie antonio aunty belinda benjamin boris caleb david Denis Diogo ed edward edward2
@@ -39,18 +39,17 @@ class Voice:
 def voices(name: str) -> list[Voice]:
     """The voices of `train`, `dev` or `test`: no variant has the same accent in two of them.
 
-    In training each variant has two accents, the first American. Every sixth variant is also in dev, and the third of each six
-    in test, with another accent.
+    In training each variant has two of the three accents. Every sixth variant is also in dev, and the fifth of each six in test,
+    with the accent that it does not have in training.
     """
-    others = [accent for accent in _ACCENTS if accent != "us"]
+    accents = list(_ACCENTS)
     chosen = []
     for index, variant in enumerate(_VARIANTS.split()):
+        held_out = accents[index % len(accents)]
         if name == "train":
-            accents = ["us", others[index % len(others)]]
-        elif index % 6 == (0 if name == "dev" else 3):
-            accents = [others[(index + 2) % len(others)]]
+            own = [accent for accent in accents if accent != held_out]
         else:
-            accents = []
-        for accent in accents:
+            own = [held_out] if index % 6 == {"dev": 0, "test": 4}[name] else []
+        for accent in own:
             chosen.append(Voice(speaker=f"{variant.lower()}-{accent}", espeak=f"{_ACCENTS[accent]}+{variant}", variant=variant))
     return chosen
