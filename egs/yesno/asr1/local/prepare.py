@@ -142,7 +142,10 @@ def make_concatenations(train: Sequence[Utterance], folder: Path, *, number: int
     for utterance in train:
         pieces = cut_words(soundfile.read(utterance.wav)[0])
         if pieces is None:
-            print(f"{utterance.key}: its eight words were not told apart; trained on as a whole only, not joined with others", file=sys.stderr)
+            print(
+                f"{utterance.key}: its eight words were not told apart; trained on as a whole only, not joined with others",
+                file=sys.stderr,
+            )
             continue
         usable += 1
         for label, piece in zip(utterance.words, pieces, strict=True):
