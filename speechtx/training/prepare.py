@@ -107,7 +107,12 @@ def lay_out_experiment(exp: Path, config: TrainConfig, fbank: FbankConfig, data:
         if different:
             raise TrainingError(
                 f"{exp} holds an experiment with another configuration ({', '.join(different)}); "
-                "give another --exp, or remove the directory to start again"
+                "give another --exp, or start again (./run.sh --restart, or remove the directory)"
+                + (
+                    "; a cosine schedule ends with the last epoch, so it cannot be prolonged"
+                    if "training.epochs" in different
+                    else ""
+                )
             )
     tokenizer = Tokenizer.load(data.tokenizer)
     if not (exp / "tokenizer").is_dir():

@@ -37,6 +37,7 @@ for override in (
     "model.decoder.layers=1",
     "model.decoder.ff_dim=64",
     "training.frames_per_batch=4000",
+    "training.schedule.name=inverse_sqrt",  # a cosine ends with the last epoch, so it cannot be prolonged
 ):
     OPTIONS += ["--set", override]
 EPOCHS = 6

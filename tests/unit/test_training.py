@@ -112,6 +112,13 @@ def test_a_finished_training_can_be_prolonged(data: TrainingData, tmp_path: Path
     assert [e["epoch"] for e in history(tmp_path / "exp")] == [1, 2, 3]
 
 
+def test_a_cosine_schedule_cannot_be_prolonged_and_says_why(data: TrainingData, tmp_path: Path) -> None:
+    cosine = "training.schedule.name=cosine"
+    train(tiny_config("training.epochs=1", cosine), data, tmp_path / "exp")
+    with pytest.raises(TrainingError, match="a cosine schedule ends with the last epoch, so it cannot be prolonged"):
+        train(tiny_config("training.epochs=3", cosine), data, tmp_path / "exp")
+
+
 def test_only_epochs_that_averaging_may_choose_stay_on_disk(data: TrainingData, tmp_path: Path) -> None:
     exp = tmp_path / "exp"
     train(tiny_config("training.epochs=5"), data, exp)
