@@ -61,7 +61,9 @@ def score_table(experiments: Sequence[ExperimentRecord]) -> list[str]:
     ]
     rows = [[*header, *(f"{unit.upper()} %" for unit in extra), "RTF"]]
     for (test_set, name), group in groups.items():
-        role = "choosing epochs" if _is_dev(experiments, test_set) else "test"
+        role = "test"
+        if _is_dev(experiments, test_set):
+            role = "choosing epochs" if _dev_chose_epochs(experiments) else "development"
         for experiment, decoding in group:
             wer = decoding.scores["wer"]
             low, high = wer.interval
@@ -111,6 +113,10 @@ def _is_dev(experiments: Sequence[ExperimentRecord], test_set: str) -> bool:
     return any(experiment.dev_set == test_set for experiment in experiments)
 
 
+def _dev_chose_epochs(experiments: Sequence[ExperimentRecord]) -> bool:
+    return any(experiment.average["by"] != "last" for experiment in experiments)
+
+
 def _rtf(decoding: Decoding) -> str:
     rtf = decoding.decode["rtf"]
     return f"{rtf:.4f}" if rtf is not None else "-"
@@ -136,7 +142,13 @@ def _explanations(experiments: Sequence[ExperimentRecord]) -> list[str]:
     ]
     dev_sets = sorted({experiment.dev_set for experiment in experiments if experiment.dev_set})
     if dev_sets:
-        lines.append(f"The averaged epochs were chosen by their figures on {' and '.join(dev_sets)}: its rows are not a test.")
+        names = " and ".join(dev_sets)
+        use = f"The averaged epochs were chosen by their figures on {names}"
+        if not _dev_chose_epochs(experiments):
+            use = f"Training was watched on {names}"
+        lines.append(f"{use}: its rows are not a test.")
+    if any(d.scores["wer"].content["rate"] == 0 for e in experiments for d in e.decodings):
+        lines.append("Without a single error the bootstrap has no width, which does not mean that the rate is known exactly.")
     if any(d.scores["wer"].content["ignore_case"] for e in experiments for d in e.decodings):
         lines.append("Case was folded on both sides before counting.")
     return lines

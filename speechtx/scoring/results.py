@@ -82,7 +82,7 @@ class ExperimentRecord:
 
     @property
     def dev_set(self) -> str | None:
-        """The name of the set that chose epochs: `--dev` of the training command."""
+        """The name of the set that training was watched on: `--dev` of the training command."""
         words = shlex.split(self.run["command"])
         for word, following in zip(words, [*words[1:], ""], strict=True):
             if word == "--dev":

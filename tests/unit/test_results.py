@@ -93,6 +93,24 @@ def test_the_page_says_what_was_scored_on_what_and_how(tmp_path: Path, capsys: p
     assert "20.00" in capsys.readouterr().out
 
 
+def test_the_page_does_not_say_that_dev_chose_epochs_when_the_last_were_averaged(tmp_path: Path) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    (exp / "average.json").write_text(json.dumps({"by": "last", "num": 2, "epochs": [1, 2], "dev": {}}))
+    assert results("--exp", exp) == 0
+    page = (exp / "RESULTS.md").read_text(encoding="utf-8")
+    assert "choosing epochs" not in page and "chosen by" not in page
+    assert "| dev  | development |" in page
+    assert "Training was watched on dev: its rows are not a test." in page
+    assert "the bootstrap has no width" not in page
+
+
+def test_the_page_warns_that_no_error_at_all_gives_an_interval_without_width(tmp_path: Path) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    make_decoding(exp, "decode", "perfect", {f"u{i}": (8, 0, 0, 0) for i in range(4)})
+    assert results("--exp", exp) == 0
+    assert "Without a single error the bootstrap has no width" in (exp / "RESULTS.md").read_text(encoding="utf-8")
+
+
 def test_the_same_experiment_gives_the_same_page_but_for_the_date(tmp_path: Path) -> None:
     exp = make_experiment(tmp_path / "exp")
     pages = []
