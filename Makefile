@@ -24,7 +24,7 @@ test: ## install, then every test: shell, unit, and the recipe end to end
 	@tools/install.sh --dev
 	status=0
 	bats tests/shell || status=1
-	pytest -n 2 --dist worksteal || status=1
+	pytest -n 2 --dist loadgroup || status=1
 	exit $$status
 
 .PHONY: lint
