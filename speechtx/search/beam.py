@@ -19,7 +19,8 @@ from speechtx.config.errors import ConfigError
 from speechtx.config.schema import DecodeConfig
 from speechtx.model.decoder import DecoderState
 from speechtx.model.recognizer import Recognizer
-from speechtx.search.ctc_prefix import CtcPrefixScorer, CtcState
+from speechtx.model.ctc_forward import CtcState
+from speechtx.search.ctc_prefix import CtcPrefixScorer
 from speechtx.search.hypothesis import Hypothesis
 
 _RETIRE_SHARE = 4  # done utterances leave the batch once they are at least one in so many

@@ -1,0 +1,123 @@
+"""The forward variables of CTC for many prefixes at once, without a loop over frames, prefixes or utterances.
+
+For a prefix g, let n(t) and b(t) be the probabilities that frames 1..t emit exactly g, ending in g's last label or in blank
+(Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition", algorithm 2). With y(t, c) the
+posterior of label c at frame t:
+
+    phi(t, c) = b(t-1) + [c != last(g)] n(t-1)             g is complete before t and c may start at t
+    n'(t) = (n'(t-1) + phi(t, c)) y(t, c)                  forward variables of g c
+    b'(t) = (b'(t-1) + n'(t-1)) y(t, blank)
+
+Both recursions are first-order linear: x(t) = (x(t-1) + u(t)) y(t) has the solution
+x(t) = Y(t) * sum over s <= t of u(s) / Y(s-1) with Y(t) = y(1)...y(t), which in logarithms is a cumulative sum and a cumulative
+log-sum-exp. All terms are positive, so nothing cancels; float64 keeps the error near 1e-12.
+
+Two users: the search scores prefixes by them (speechtx.search.ctc_prefix), and the axis `ctc_prefix` of cross-attention asks
+where in time a prefix ends (speechtx.model.axis).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG_ZERO = -1.0e4  # stands for log 0 where -inf would give inf - inf; exp of it is exactly 0
+
+
+@dataclass(frozen=True)
+class CtcState:
+    """Forward variables of N prefixes.
+
+    Attributes:
+        log_n: (N, S+1) float64, log n(t) for t = 0..S.
+        log_b: (N, S+1) float64, log b(t) for t = 0..S.
+        last: (N,) the last label of each prefix, -1 for the empty prefix.
+    """
+
+    log_n: Tensor
+    log_b: Tensor
+    last: Tensor
+
+    def select(self, rows: Tensor) -> CtcState:
+        """The state of these rows (N,)."""
+        return CtcState(log_n=self.log_n[rows], log_b=self.log_b[rows], last=self.last[rows])
+
+
+class CtcForward:
+    """The recursion over B utterances with `beam` prefixes each, N = B * beam rows, row i of utterance i // beam; immutable.
+
+    Args:
+        log_probs: (B, S, V) CTC log-probabilities; frames beyond the lengths may hold anything.
+        enc_lens: (B,) valid frames.
+        blank_id: the CTC blank.
+        beam: prefixes an utterance.
+    """
+
+    def __init__(self, *, log_probs: Tensor, enc_lens: Tensor, blank_id: int, beam: int) -> None:
+        self.log_probs, self.enc_lens = log_probs, enc_lens.to(log_probs.device)
+        self.blank_id, self.beam = blank_id, beam
+        self.valid = torch.arange(log_probs.shape[1], device=log_probs.device) < self.enc_lens.unsqueeze(1)  # (B, S)
+        self._utt = torch.arange(len(log_probs), device=log_probs.device).repeat_interleave(beam)
+        self._cum_blank = _cumulative(self.labels(torch.full_like(self._utt, blank_id)))
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """(N, S) float64 log y(t, labels[i]) of each row's utterance.
+
+        Beyond the end only blank is possible, with probability 1: P(g) is then n(S) + b(S) whatever the length.
+        """
+        log_y = self.log_probs[self._utt, :, labels].to(torch.float64).clamp(min=LOG_ZERO)
+        beyond = torch.where(labels == self.blank_id, 0.0, LOG_ZERO).to(log_y.dtype).unsqueeze(1)
+        return torch.where(self.valid[self._utt], log_y, beyond)
+
+    def start(self) -> CtcState:
+        """The state of the empty prefix in every row: all frames so far were blank."""
+        last = torch.full_like(self._utt, -1)
+        return CtcState(log_n=torch.full_like(self._cum_blank, -torch.inf), log_b=self._cum_blank, last=last)
+
+    def extend(self, state: CtcState, labels: Tensor) -> CtcState:
+        """The state after every prefix took one label, (N,)."""
+        new_n = _solve(_phi(state, labels), _cumulative(self.labels(labels)))
+        return CtcState(log_n=new_n, log_b=_solve(new_n[:, :-1], self._cum_blank), last=labels)
+
+    def first_emission(self, state: CtcState, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each prefix, taking one label (N,), emits it for the first time.
+
+        Returns:
+            (N, S) float64 log phi(t, c) y(t, c), -inf beyond the utterance; and (N,) the mean of its frame t, counted from 0.
+            A label that cannot be emitted any more counts as emitted in the last frame.
+        """
+        log_mass = (_phi(state, labels) + self.labels(labels)).masked_fill(~self.valid[self._utt], -torch.inf)
+        impossible = (log_mass == -torch.inf).all(dim=1)
+        weights = log_mass.masked_fill(impossible.unsqueeze(1), 0.0).softmax(dim=1)
+        mean = weights @ torch.arange(log_mass.shape[1], dtype=weights.dtype, device=weights.device)
+        return log_mass, torch.where(impossible, (self.enc_lens[self._utt] - 1).to(mean.dtype), mean)
+
+    def keep(self, utterances: Tensor) -> CtcForward:
+        """The recursion over these utterances (int64 indices into B) only."""
+        return CtcForward(
+            log_probs=self.log_probs[utterances], enc_lens=self.enc_lens[utterances], blank_id=self.blank_id, beam=self.beam
+        )
+
+    def rows_of(self, utterances: Tensor) -> Tensor:
+        """The rows of these utterances, `beam` each."""
+        return (utterances.unsqueeze(1) * self.beam + torch.arange(self.beam, device=utterances.device)).view(-1)
+
+
+def _phi(state: CtcState, labels: Tensor) -> Tensor:
+    """(N, S) log phi(t, labels[i])."""
+    either = torch.logaddexp(state.log_n, state.log_b)
+    return torch.where((state.last == labels).unsqueeze(1), state.log_b, either)[:, :-1]
+
+
+def _cumulative(log_y: Tensor) -> Tensor:
+    """(N, S) -> (N, S+1): log Y(t) for t = 0..S."""
+    return F.pad(log_y.cumsum(dim=1), (1, 0))
+
+
+def _solve(log_u: Tensor, log_cum: Tensor) -> Tensor:
+    """Solves x(t) = (x(t-1) + u(t)) y(t), x(0) = 0, in logarithms: (N, S), (N, S+1) -> (N, S+1)."""
+    inner = torch.logcumsumexp(log_u - log_cum[:, :-1], dim=1) + log_cum[:, 1:]
+    return F.pad(inner, (1, 0), value=-torch.inf)
