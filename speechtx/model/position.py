@@ -1,22 +1,30 @@
-"""Sinusoidal positions (Vaswani et al. 2017, section 3.5)."""
+"""Positions that are added to the input of an encoder or decoder, or left out there."""
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from speechtx.attention.sinusoids import GrowingTable, angles, concatenated, interleaved
 from speechtx.model.dropout import Dropout
 
 
-def sinusoids(length: int, dim: int) -> Tensor:
-    """(length, dim) float32: sin and cos interleaved, wavelengths from 2 pi to 10000 * 2 pi in geometric steps."""
-    # float64: at position 5000 float32 would already be wrong in the fourth digit of the angle.
-    position = torch.arange(length, dtype=torch.float64, device="cpu").unsqueeze(1)
-    frequency = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") * (-math.log(10000.0) / dim))
-    angle = position * frequency
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
+def sinusoids(length: int, dim: int, *, halves: bool = False) -> Tensor:
+    """(length, dim) float32, wavelengths from 2 pi to 10000 * 2 pi in geometric steps (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        length: positions 0 .. length - 1.
+        dim: even.
+        halves: all sines and then all cosines, as in Tensor2Tensor, instead of the two interleaved, as in the paper. The same up
+            to a permutation of dimensions, which the layers around can learn: nothing is to be gained, but weights of one
+            layout are wrong in the other.
+    """
+    angle = angles(torch.arange(length, device="cpu"), dim)
+    return concatenated(angle) if halves else interleaved(angle)
 
 
 class SinusoidalPosition(nn.Module):
@@ -27,20 +35,47 @@ class SinusoidalPosition(nn.Module):
     Args:
         dim: D, even.
         dropout: probability.
+        halves: see `sinusoids`.
+    """
+
+    def __init__(self, *, dim: int, dropout: float, halves: bool = False) -> None:
+        super().__init__()
+        self.dim = dim
+        self.dropout = Dropout(dropout)
+        self.table = GrowingTable(functools.partial(sinusoids, dim=dim, halves=halves))
+
+    def forward(self, x: Tensor, *, start: int = 0) -> Tensor:
+        """x (B, T, D) at positions start .. start + T - 1 -> (B, T, D)."""
+        end = start + x.shape[1]
+        return self.dropout(x * math.sqrt(self.dim) + self.table.reaching(end, x.device)[start:end].to(x.dtype))
+
+
+class NoPosition(nn.Module):
+    """x * sqrt(D), then dropout: nothing is added.
+
+    Either the layers bring positions themselves (rotary, relative), or there are none, and order is left to the convolutions,
+    the penalty and, in a decoder, the causal mask. The factor stays although no position is to be balanced: the front end and
+    the embedding are initialised for it, so that the residual stream starts with unit variance, and options can be compared.
+
+    Args:
+        dim: D.
+        dropout: probability.
     """
 
     def __init__(self, *, dim: int, dropout: float) -> None:
         super().__init__()
         self.dim = dim
         self.dropout = Dropout(dropout)
-        self._table: Tensor | None = None
 
     def forward(self, x: Tensor, *, start: int = 0) -> Tensor:
-        """x (B, T, D) at positions start .. start + T - 1 -> (B, T, D)."""
-        end = start + x.shape[1]
-        return self.dropout(x * math.sqrt(self.dim) + self._table_to(end, x.device)[start:end].to(x.dtype))
+        """(B, T, D) -> (B, T, D); `start` as in `SinusoidalPosition`."""
+        return self.dropout(x * math.sqrt(self.dim))
 
-    def _table_to(self, length: int, device: torch.device) -> Tensor:
-        if self._table is None or self._table.device != device or len(self._table) < length:
-            self._table = sinusoids(max(512, 1 << (length - 1).bit_length()), self.dim).to(device)
-        return self._table
+
+def input_position(
+    kind: Literal["sinusoidal", "sinusoidal_concatenated", "none", "rotary", "relative"], *, dim: int, dropout: float
+) -> SinusoidalPosition | NoPosition:
+    """What happens to the input for the `position` of a configuration."""
+    if kind in ("sinusoidal", "sinusoidal_concatenated"):
+        return SinusoidalPosition(dim=dim, dropout=dropout, halves=kind == "sinusoidal_concatenated")
+    return NoPosition(dim=dim, dropout=dropout)
