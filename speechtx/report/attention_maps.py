@@ -1,148 +1,156 @@
-"""Pictures of the encoder's self-attention, with the trained penalty and with it taken away."""
+"""Pictures of attention: the encoder's self-attention and the decoder's cross-attention, with the penalty and without it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Literal
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from speechtx.attention.multihead import SelfAttention
-from speechtx.attention.penalty import build_bias, penalty
 from speechtx.config.atomic import replacing
-from speechtx.config.errors import ExperimentError
-from speechtx.config.schema import PenaltyConfig
-from speechtx.model.encoder import Encoder
+from speechtx.report.attention_probe import LayerMaps, diagonality, mean_distance
 
 
-@dataclass(frozen=True)
-class LayerMaps:
-    """Attention weights of one layer for one utterance: (H, S, S), rows are queries.
-
-    Attributes:
-        layer: counted from 1.
-        trained: as the model computes them.
-        without: of the same queries and keys, the penalty taken away in this layer only; None if the model has no penalty.
-    """
-
-    layer: int
-    trained: Tensor
-    without: Tensor | None
-
-
-@torch.no_grad()
-def encoder_maps(encoder: Encoder, feats: Tensor, layers: Sequence[int] | None = None) -> list[LayerMaps]:
-    """The attention weights of one utterance.
-
-    The fused kernels never hold the weights, so each layer's input is noted by a hook during an ordinary forward pass, and the
-    weights are computed from it the plain way; the model itself knows nothing of this.
+def prior(penalty: Tensor) -> Tensor:
+    """Where a query in the middle would look if all keys matched alike: exp(-P), normalised; (H, 2S - 1) -> (H, S).
 
     Args:
-        encoder: in eval mode.
-        feats: (T, F) normalised features.
-        layers: which, counted from 1; None for all.
-
-    Raises:
-        ExperimentError: a layer the encoder does not have.
+        penalty: P at the offsets -(S - 1) .. S - 1.
     """
-    count = len(encoder.layers)
-    wanted = list(range(1, count + 1)) if layers is None else list(layers)
-    if wrong := [layer for layer in wanted if not 1 <= layer <= count]:
-        raise ExperimentError(f"layers {wrong} do not exist; this encoder has layers 1 to {count}")
-    attentions = {layer: cast(SelfAttention, encoder.layers[layer - 1].attn) for layer in wanted}
-    inputs: dict[int, Tensor] = {}
-    hooks = [module.register_forward_pre_hook(partial(_note, inputs, layer)) for layer, module in attentions.items()]
-    try:
-        encoder(feats.unsqueeze(0), torch.tensor([len(feats)], device=feats.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    maps = []
-    for layer, module in attentions.items():
-        x = inputs[layer]
-        bias = build_bias(encoder.penalty, length=x.shape[1], num_heads=encoder.num_heads, device=x.device)
-        without = None if bias is None else module.weights(x)[0].cpu()
-        maps.append(LayerMaps(layer, module.weights(x, bias=bias)[0].cpu(), without))
-    return maps
+    length = (penalty.shape[-1] + 1) // 2
+    start = length - 1 - length // 2  # offset -(S // 2), the first key as the query in the middle sees it
+    return torch.softmax(-penalty[:, start : start + length], dim=-1)
 
 
-def _note(inputs: dict[int, Tensor], layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-    inputs[layer] = args[0]
-
-
-def mean_distance(weights: Tensor) -> Tensor:
-    """How far each head looks: the mean over queries of sum_j a_ij |i - j|, in frames; weights (H, S, S) -> (H,)."""
-    position = torch.arange(weights.shape[-1])
-    return (weights * (position[:, None] - position[None, :]).abs()).sum(dim=-1).mean(dim=-1)
-
-
-def prior(config: PenaltyConfig, length: int, num_heads: int) -> Tensor:
-    """Where a query in the middle would look if all keys matched alike: exp(-P(d)), normalised; (1 or H, length)."""
-    distance = (torch.arange(length) - length // 2).abs()
-    return torch.softmax(-penalty(config, distance, num_heads=num_heads), dim=-1)
-
-
-def plot_maps(maps: Sequence[LayerMaps], config: PenaltyConfig, *, title: str, frame_seconds: float, out: Path) -> None:
-    """Draws one row a layer and, for each head, its map as trained beside the map without penalty; the prior below.
+def plot_maps(maps: Sequence[LayerMaps], *, title: str, frame_seconds: float, out: Path) -> None:
+    """Draws one row a layer and, for each head, its map as trained beside the map without penalty; the priors below.
 
     Args:
         maps: of `encoder_maps`.
-        config: the penalty of the model.
         title: what is shown, for example the utterance id and its transcript.
         frame_seconds: seconds from one encoder frame to the next.
         out: the PNG, replaced whole.
     """
-    heads, length = maps[0].trained.shape[:2]
-    variants = 1 if maps[0].without is None else 2
-    columns = heads * variants
-    rows = len(maps) + 1
-    figure = Figure(figsize=(1.0 + 1.9 * columns, 1.2 + 2.1 * rows), layout="constrained")
-    grid = figure.add_gridspec(rows, columns)
-    for row, layer in enumerate(maps):
-        for head in range(heads):
-            shown = [layer.trained[head]] if layer.without is None else [layer.trained[head], layer.without[head]]
-            top = float(torch.stack(shown).max())
-            for variant, weights in enumerate(shown):
-                axis = figure.add_subplot(grid[row, head * variants + variant])
-                _draw_map(axis, weights, top, length * frame_seconds)
-                name = ("as trained", "penalty removed")[variant] if variants == 2 else ""
-                far = float(mean_distance(weights[None])[0]) * frame_seconds
-                axis.set_title(f"head {head + 1} {name}\nmean distance {far:.2f} s", fontsize=7)
-                if head == 0 and variant == 0:
-                    axis.set_ylabel(f"layer {layer.layer}\nquery (s)", fontsize=8)
-                if row == len(maps) - 1:
-                    axis.set_xlabel("key (s)", fontsize=7)
-    _draw_prior(figure.add_subplot(grid[rows - 1, :]), config, length, heads, frame_seconds)
-    figure.suptitle(title, fontsize=10, wrap=True)
-    with replacing(out, "wb") as stream:
-        figure.savefig(stream, format="png", dpi=110)
+    columns = max(_columns(layer) for layer in maps)
+    seconds = maps[0].trained.shape[-1] * frame_seconds
+    figure = Figure(figsize=(1.0 + 1.9 * columns, 2.4 * len(maps) + 2.2), layout="constrained")
+    rows = figure.subfigures(len(maps) + 1, 1, height_ratios=[2.4] * len(maps) + [1.7], squeeze=False)[:, 0]
+    for row, layer in zip(rows, maps, strict=False):
+        row.suptitle(_layer_title(layer), fontsize=9)
+        axes = row.subplots(1, columns, squeeze=False)[0]
+        for column, axis in enumerate(axes):
+            if column >= _columns(layer):
+                axis.set_visible(False)
+                continue
+            weights, name, top = _shown(layer, column)
+            _draw_map(axis, weights, top, extent=(0.0, seconds, seconds, 0.0))
+            far = float(mean_distance(weights[None])[0]) * frame_seconds
+            axis.set_title(f"{name}\nmean distance {far:.2f} s", fontsize=7)
+            if column == 0:
+                axis.set_ylabel("query (s)", fontsize=7)
+            axis.set_xlabel("key (s)", fontsize=7)
+    _draw_priors(rows[-1].subplots(), maps, frame_seconds)
+    _save(figure, title, out)
 
 
-def _draw_map(axis: Axes, weights: Tensor, top: float, seconds: float) -> None:
-    # The square root shows weak weights too; both variants of a head share their scale.
-    norm = PowerNorm(0.5, vmin=0.0, vmax=max(top, 1e-6))
-    axis.imshow(weights.numpy(), origin="upper", extent=(0.0, seconds, seconds, 0.0), norm=norm, cmap="magma", aspect="equal")
+def plot_cross_maps(maps: Sequence[LayerMaps], tokens: Sequence[str], *, title: str, frame_seconds: float, out: Path) -> None:
+    """Draws the decoder's attention to the encoder: one row a layer, tokens downwards and time to the right.
+
+    Args:
+        maps: of `cross_maps`.
+        tokens: (U) what each query predicts, written beside its row.
+        title: what is shown.
+        frame_seconds: seconds from one encoder frame to the next.
+        out: the PNG, replaced whole.
+    """
+    columns = max(_columns(layer) for layer in maps)
+    seconds = maps[0].trained.shape[-1] * frame_seconds
+    height = 1.0 + max(1.2, 0.13 * len(tokens))
+    figure = Figure(figsize=(1.0 + 2.6 * columns, 0.5 + height * len(maps)), layout="constrained")
+    for row, layer in zip(figure.subfigures(len(maps), 1, squeeze=False)[:, 0], maps, strict=True):
+        row.suptitle(f"decoder layer {layer.layer}: attention to the encoder", fontsize=9)
+        axes = row.subplots(1, columns, squeeze=False)[0]
+        for column, axis in enumerate(axes):
+            if column >= _columns(layer):
+                axis.set_visible(False)
+                continue
+            weights, name, top = _shown(layer, column)
+            _draw_map(axis, weights, top, extent=(0.0, seconds, len(tokens), 0.0), aspect="auto")
+            axis.set_title(name, fontsize=7)
+            axis.set_yticks([i + 0.5 for i in range(len(tokens))], tokens if column == 0 else [""] * len(tokens), fontsize=6)
+            if column == 0:
+                axis.set_ylabel("token predicted", fontsize=7)
+            axis.set_xlabel("audio (s)", fontsize=7)
+    _save(figure, title, out)
+
+
+def _columns(layer: LayerMaps) -> int:
+    return len(layer.trained) * (1 if layer.without is None else 2)
+
+
+def _shown(layer: LayerMaps, column: int) -> tuple[Tensor, str, float]:
+    """The weights of a column, what they are, and the top of the colour scale, which both variants of a head share."""
+    if layer.without is None:
+        return layer.trained[column], f"head {column}", float(layer.trained[column].max())
+    head, removed = divmod(column, 2)
+    weights = (layer.trained[head], layer.without[head])
+    return weights[removed], f"head {head} " + ("penalty removed" if removed else "as trained"), float(torch.stack(weights).max())
+
+
+def _layer_title(layer: LayerMaps) -> str:
+    title = f"layer {layer.layer}: diagonality {float(diagonality(layer.trained).mean()):.2f}"
+    if layer.without is not None:
+        title += f", {float(diagonality(layer.without).mean()):.2f} with the penalty removed"
+    return title
+
+
+def _draw_map(
+    axis: Axes,
+    weights: Tensor,
+    top: float,
+    *,
+    extent: tuple[float, float, float, float],
+    aspect: Literal["equal", "auto"] = "equal",
+) -> None:
+    norm = PowerNorm(0.5, vmin=0.0, vmax=max(top, 1e-6))  # the square root shows weak weights too
+    axis.imshow(weights.numpy(), origin="upper", extent=extent, norm=norm, cmap="magma", aspect=aspect, interpolation="nearest")
     axis.tick_params(labelsize=6)
 
 
-def _draw_prior(axis: Axes, config: PenaltyConfig, length: int, heads: int, frame_seconds: float) -> None:
-    curves = prior(config, length, heads)
-    seconds = (torch.arange(length) - length // 2) * frame_seconds
-    for head, curve in enumerate(curves):
-        label = f"penalty {config.shape}" + ("" if len(curves) == 1 else f", head {head + 1}")
-        axis.plot(seconds.numpy(), curve.numpy(), label=label)
+def _draw_priors(axis: Axes, maps: Sequence[LayerMaps], frame_seconds: float) -> None:
+    """One curve for each prior there is: layers that pay the same share theirs, and so do heads."""
+    length = maps[0].trained.shape[-1]
+    seconds = ((torch.arange(length) - length // 2) * frame_seconds).numpy()
+    drawn: list[tuple[Tensor, list[int]]] = []
+    for layer in maps:
+        if layer.penalty is None:
+            continue
+        curves = prior(layer.penalty)
+        same = next((layers for other, layers in drawn if torch.equal(other, curves)), None)
+        if same is None:
+            drawn.append((curves, [layer.layer]))
+        else:
+            same.append(layer.layer)
+    for curves, layers in drawn:
+        for head, curve in enumerate(curves):
+            of = [f"layers {', '.join(map(str, layers))}"] if len(drawn) > 1 else []
+            of += [f"head {head}"] if len(curves) > 1 else []
+            axis.plot(seconds, curve.numpy(), label=", ".join(of) or "with the penalty")
     flat = torch.full((length,), 1.0 / length)
-    if config.shape != "none":
-        axis.plot(seconds.numpy(), flat.numpy(), color="grey", linestyle="--", label="no penalty")
-    axis.set_title("prior of the penalty alone: exp(-P(d)), normalised", fontsize=8)
-    axis.set_xlabel("distance from the query (s)", fontsize=7)
+    axis.plot(seconds, flat.numpy(), color="grey", linestyle="--", label="without penalty")
+    axis.set_title("prior of the penalty alone: exp(-P), normalised", fontsize=8)
+    axis.set_xlabel("key's distance from the query (s)", fontsize=7)
     axis.tick_params(labelsize=6)
     axis.set_ylim(bottom=0.0)
     axis.legend(fontsize=7)
+
+
+def _save(figure: Figure, title: str, out: Path) -> None:
+    figure.suptitle(title, fontsize=10, wrap=True)
+    with replacing(out, "wb") as stream:
+        figure.savefig(stream, format="png", dpi=110)
