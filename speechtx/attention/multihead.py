@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from speechtx.attention.kernels import attend, attention_weights
+from speechtx.attention.kernels import Bias, attend, attention_weights, dense_bias
+from speechtx.attention.study import AfterSoftmax
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -38,15 +39,15 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # cut along the last dimension: backward is one concatenation
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
-    def forward(self, x: Tensor, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, bias: Bias = None, causal: bool = False) -> Tensor:
         """(B, T, D) -> (B, T, D); `bias` as in `kernels.attend`."""
         q, k, v = self.project(x)
         return self.out(join_heads(attend(q, k, v, bias=bias, causal=causal, dropout=self.dropout if self.training else 0.0)))
 
-    def weights(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    def weights(self, x: Tensor, *, bias: Bias = None) -> Tensor:
         """The attention weights (B, H, T, T) that `forward` uses inside and never materialises; for looking at them."""
         q, k, _ = self.project(x)
-        return attention_weights(q, k, bias=bias)
+        return bias.weights(q, k) if isinstance(bias, AfterSoftmax) else attention_weights(q, k, bias=dense_bias(bias))
 
 
 class CrossAttention(nn.Module):

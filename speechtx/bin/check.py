@@ -147,7 +147,12 @@ def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Findi
     vocab_size = 64 if train.tokenizer.type == "char" else train.tokenizer.vocab_size + 2
     try:
         with torch.device("meta"):
-            model = Recognizer(config=train.model, num_mel_bins=fbank.num_mel_bins, vocab_size=vocab_size)
+            model = Recognizer(
+                config=train.model,
+                num_mel_bins=fbank.num_mel_bins,
+                vocab_size=vocab_size,
+                frame_shift_ms=fbank.frame_shift_ms,
+            )
     except (SpeechtxError, RuntimeError) as err:
         return 0, [Finding("model", f"cannot be built: {err}", "correct the section model of the training configuration")]
     number = sum(parameter.numel() for parameter in model.parameters())

@@ -188,7 +188,7 @@ def _field_names(schema: type[BaseModel], loc: Loc) -> list[str]:
         if inner is None:
             return []
         current = inner
-    return list(current.model_fields)
+    return [field.alias or name for name, field in current.model_fields.items()]
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

@@ -9,21 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys refused, values never changed after loading, no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
+from speechtx.config.penalty import AttentionPenaltyConfig, check_site
+from speechtx.config.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
 
 # ---------------------------------------------------------------------------------------------------- features
 
@@ -90,40 +79,6 @@ class TokenizerConfig(Section):
 # ---------------------------------------------------------------------------------------------------- model
 
 
-class PenaltyConfig(Section):
-    """One attention penalty P(d) >= 0, subtracted from the logits before softmax; d = |i - j| in encoder frames.
-
-    log: s ln(1+d) (Tensor2Tensor's proximity bias); linear: s d (ALiBi, symmetric); gaussian: d^2 / (2 sigma^2); window:
-    0 within `window` frames, infinite beyond. `window` may also limit any other shape.
-    """
-
-    shape: Literal["none", "log", "linear", "gaussian", "window"] = "none"
-    # one number, one per head, or ALiBi's slopes 2^(-8h/H)
-    scale: NonNegativeFloat | Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | Literal["alibi"] = 1.0
-    sigma: PositiveFloat | Annotated[tuple[PositiveFloat, ...], Field(strict=False)] | None = None
-    window: Positive | None = None
-
-    @model_validator(mode="after")
-    def _combination(self) -> Self:
-        if (self.shape == "gaussian") != (self.sigma is not None):
-            raise ValueError("sigma (in encoder frames) is required for shape gaussian and has no meaning for the others")
-        if self.shape == "window" and self.window is None:
-            raise ValueError("shape window needs window: the number of frames to each side that may be attended to")
-        if self.shape == "none" and self.window is not None:
-            raise ValueError("shape none takes no window; write shape: window")
-        if self.scale == "alibi" and self.shape != "linear":
-            raise ValueError("scale alibi goes with shape linear")
-        if self.shape in ("gaussian", "window", "none") and self.scale != 1.0:
-            raise ValueError(f"scale has no meaning for shape {self.shape}" + ("; use sigma" if self.shape == "gaussian" else ""))
-        return self
-
-
-class AttentionPenaltyConfig(Section):
-    """Which attention takes which penalty."""
-
-    encoder_self: PenaltyConfig = PenaltyConfig()
-
-
 class SubsamplingConfig(Section):
     """Two 3x3 convolutions of stride 2 in time and frequency, then a linear layer to the model's width."""
 
@@ -183,13 +138,19 @@ class ModelConfig(Section):
             raise ValueError("decoder.layers 0 needs ctc_weight 1.0")
         if self.decoder.layers and self.ctc_weight == 1.0:
             raise ValueError("ctc_weight 1.0 would never train the decoder; set decoder.layers: 0")
-        penalty = self.attention_penalty.encoder_self
-        for name in ("scale", "sigma"):
-            value = getattr(penalty, name)
-            if isinstance(value, tuple) and len(value) != self.encoder.heads:
-                raise ValueError(
-                    f"attention_penalty.encoder_self.{name} lists {len(value)} values, but encoder.heads is {self.encoder.heads}"
-                )
+        penalty = self.attention_penalty
+        check_site(penalty.encoder_self, "encoder_self", num_layers=self.encoder.layers, num_heads=self.encoder.heads)
+        for name in ("decoder_self", "cross"):
+            site = getattr(penalty, name)
+            check_site(site, name, num_layers=self.decoder.layers, num_heads=self.decoder.heads)
+            # A preset may name the decoder of a model that has none; its own words may not.
+            if site.shape != "none" and self.decoder.layers == 0 and penalty.preset is None:
+                raise ValueError(f"attention_penalty.{name} needs a decoder, but decoder.layers is 0")
+        if penalty.cross.needs_ctc and self.ctc_weight == 0.0:
+            raise ValueError(
+                f"attention_penalty.cross: axis {penalty.cross.axis} is measured by the CTC output, which ctc_weight 0 never "
+                "trains; use axis monotonic, rate or lower_layer, or a ctc_weight above 0"
+            )
         return self
 
 

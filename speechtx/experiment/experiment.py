@@ -64,7 +64,12 @@ class Experiment:
 
     def new_model(self) -> Recognizer:
         """The model with fresh random weights."""
-        return Recognizer(config=self.config.model, num_mel_bins=self.fbank.num_mel_bins, vocab_size=self.tokenizer.vocab_size)
+        return Recognizer(
+            config=self.config.model,
+            num_mel_bins=self.fbank.num_mel_bins,
+            vocab_size=self.tokenizer.vocab_size,
+            frame_shift_ms=self.fbank.frame_shift_ms,
+        )
 
     def load_model(self, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Recognizer:
         """The model in evaluation mode.
@@ -82,7 +87,7 @@ class Experiment:
         return model.to(device).eval()
 
 
-def load_weights(model: Recognizer, path: Path) -> None:
+def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Loads a state dict into `model`, refusing anything but tensors (`weights_only`).
 
     Raises:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechtx.attention.kernels import attend
+from speechtx.attention.kernels import Bias, attend, padding_bias
 from speechtx.attention.multihead import CrossAttention, SelfAttention, join_heads
-from speechtx.attention.penalty import padding_bias
+from speechtx.attention.site import AttentionPenalty
+from speechtx.config.penalty import PenaltyConfig
 from speechtx.config.schema import DecoderConfig
 from speechtx.model.dropout import Dropout
 from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
@@ -70,18 +71,20 @@ class DecoderLayer(nn.Module):
         self.ff = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, enc_out: Tensor, *, cross_bias: Tensor | None) -> Tensor:
-        """x (B, U, D), enc_out (B, S, D) -> (B, U, D)"""
-        x = x + self.dropout(self.attn(self.norm_attn(x), causal=True))
+    def forward(self, x: Tensor, enc_out: Tensor, *, own_bias: Bias, cross_bias: Tensor | None) -> Tensor:
+        """x (B, U, D), enc_out (B, S, D) -> (B, U, D); own_bias is causal by itself, None is plain causal attention"""
+        x = x + self.dropout(self.attn(self.norm_attn(x), bias=own_bias, causal=own_bias is None))
         x = x + self.dropout(self.cross(self.norm_cross(x), *self.cross.project(enc_out), bias=cross_bias))
         return x + self.dropout(self.ff(self.norm_ff(x)))
 
-    def step(self, x: Tensor, own: KeyValue | None, cross: KeyValue, cross_bias: Tensor | None) -> tuple[Tensor, KeyValue]:
+    def step(
+        self, x: Tensor, own: KeyValue | None, cross: KeyValue, *, own_bias: Tensor | None, cross_bias: Tensor | None
+    ) -> tuple[Tensor, KeyValue]:
         """One position: x (N, 1, D) -> (N, 1, D) and the self-attention keys and values with this position's appended."""
         q, k, v = self.attn.project(self.norm_attn(x))
         if own is not None:
             k, v = torch.cat((own[0], k), dim=2), torch.cat((own[1], v), dim=2)
-        x = x + self.attn.out(join_heads(attend(q, k, v)))
+        x = x + self.attn.out(join_heads(attend(q, k, v, bias=own_bias)))
         # The hypotheses of an utterance stand where queries stand: (B, beam, D) against that utterance's one set of keys.
         grouped = self.norm_cross(x).view(cross[0].shape[0], -1, x.shape[-1])
         x = x + self.cross(grouped, *cross, bias=cross_bias).view_as(x)
@@ -95,10 +98,24 @@ class Decoder(nn.Module):
         config: the decoder's shape.
         dim: D, the encoder's width.
         vocab_size: V.
+        penalty: of the self-attention; distances count tokens.
+        backend: how the penalty is computed in training, see `speechtx.attention.backend`.
     """
 
-    def __init__(self, *, config: DecoderConfig, dim: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        config: DecoderConfig,
+        dim: int,
+        vocab_size: int,
+        penalty: PenaltyConfig | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
+        self.config = config
+        self.attention_penalty = AttentionPenalty(
+            penalty or PenaltyConfig(), num_layers=config.layers, num_heads=config.heads, backend=backend, site="decoder_self"
+        )
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = SinusoidalPosition(dim=dim, dropout=config.positional_dropout)
         self.layers = nn.ModuleList(DecoderLayer(config=config, dim=dim) for _ in range(config.layers))
@@ -120,8 +137,16 @@ class Decoder(nn.Module):
         """
         x = self.position(self.embedding(tokens_in))
         cross_bias = padding_bias(length_mask(enc_lens, enc_out.shape[1]), dtype=compute_dtype(x))
-        for layer in self.layers:
-            x = layer(x, enc_out, cross_bias=cross_bias)
+        own_biases = self.attention_penalty(
+            length=x.shape[1],
+            device=x.device,
+            dtype=compute_dtype(x),
+            head_dim=x.shape[-1] // self.config.heads,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            causal=True,
+        )
+        for layer, own_bias in zip(self.layers, own_biases, strict=True):
+            x = layer(x, enc_out, own_bias=own_bias, cross_bias=cross_bias)
         return self.output(self.norm(x))
 
     def start(self, enc_out: Tensor, enc_lens: Tensor, *, beam: int) -> DecoderState:
@@ -144,9 +169,14 @@ class Decoder(nn.Module):
         """
         x = self.position(self.embedding(tokens).unsqueeze(1), start=state.position)
         own: list[KeyValue] = []
+        own_biases = self.attention_penalty.last_row(state.position + 1, x.device, compute_dtype(x))
         for index, layer in enumerate(self.layers):
             x, cache = cast(DecoderLayer, layer).step(
-                x, state.own[index] if state.own else None, state.cross[index], state.cross_bias
+                x,
+                state.own[index] if state.own else None,
+                state.cross[index],
+                own_bias=own_biases[index],
+                cross_bias=state.cross_bias,
             )
             own.append(cache)
         log_probs = F.log_softmax(self.output(self.norm(x)).squeeze(1).float(), dim=-1)

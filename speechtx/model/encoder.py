@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from speechtx.attention.kernels import Bias
 from speechtx.attention.multihead import SelfAttention
-from speechtx.attention.penalty import build_bias
-from speechtx.config.schema import EncoderConfig, PenaltyConfig
+from speechtx.attention.site import AttentionPenalty
+from speechtx.config.penalty import PenaltyConfig
+from speechtx.config.schema import EncoderConfig
 from speechtx.model.convolution import ConvolutionModule
 from speechtx.model.dropout import Dropout
 from speechtx.model.position import SinusoidalPosition
@@ -59,7 +61,7 @@ class TransformerEncoderLayer(nn.Module):
         self.ff = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, *, bias: Tensor | None, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, bias: Bias, mask: Tensor) -> Tensor:
         """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""
         x = x + self.dropout(self.attn(self.norm_attn(x), bias=bias))
         return x + self.dropout(self.ff(self.norm_ff(x)))
@@ -82,7 +84,7 @@ class ConformerEncoderLayer(nn.Module):
         self.norm_final = nn.LayerNorm(dim)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, *, bias: Tensor | None, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, bias: Bias, mask: Tensor) -> Tensor:
         """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""
         x = x + 0.5 * self.dropout(self.ff_in(self.norm_ff_in(x)))
         x = x + self.dropout(self.attn(self.norm_attn(x), bias=bias))
@@ -96,14 +98,26 @@ class Encoder(nn.Module):
 
     Args:
         config: the encoder's shape.
-        penalty: the self-attention penalty, the same in all layers.
+        penalty: of the self-attention.
         num_mel_bins: F.
+        backend: how the penalty is computed, see `speechtx.attention.backend`.
+        frame_ms: milliseconds of one encoder frame, for a penalty in milliseconds.
     """
 
-    def __init__(self, *, config: EncoderConfig, penalty: PenaltyConfig, num_mel_bins: int) -> None:
+    def __init__(
+        self,
+        *,
+        config: EncoderConfig,
+        penalty: PenaltyConfig,
+        num_mel_bins: int,
+        backend: str = "auto",
+        frame_ms: float = 40.0,
+    ) -> None:
         super().__init__()
-        self.penalty = penalty
-        self.num_heads = config.heads
+        self.config = config
+        self.attention_penalty = AttentionPenalty(
+            penalty, num_layers=config.layers, num_heads=config.heads, backend=backend, spacing=frame_ms
+        )
         self.subsampling = Subsampling(num_mel_bins=num_mel_bins, channels=config.subsampling.channels, dim=config.dim)
         self.position = SinusoidalPosition(dim=config.dim, dropout=config.positional_dropout)
         layer = ConformerEncoderLayer if config.type == "conformer" else TransformerEncoderLayer
@@ -123,9 +137,17 @@ class Encoder(nn.Module):
         x = self.position(self.subsampling(feats))
         enc_lens = subsampled_length(feat_lens)
         mask = length_mask(enc_lens, x.shape[1])
-        bias = build_bias(
-            self.penalty, length=x.shape[1], num_heads=self.num_heads, device=x.device, dtype=compute_dtype(x), mask=mask
-        )
-        for layer in self.layers:
+        for layer, bias in zip(self.layers, self.biases(x, mask), strict=True):
             x = layer(x, bias=bias, mask=mask)
         return self.norm(x), enc_lens
+
+    def biases(self, x: Tensor, mask: Tensor) -> list[Bias]:
+        """What every layer adds to its attention logits, built once for a batch x (B, S, D) with mask (B, S)."""
+        return self.attention_penalty(
+            length=x.shape[1],
+            mask=mask,
+            device=x.device,
+            dtype=compute_dtype(x),
+            head_dim=self.config.dim // self.config.heads,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )

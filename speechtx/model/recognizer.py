@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechtx.attention.site import AttentionPenalty
 from speechtx.config.schema import ModelConfig
 from speechtx.model.decoder import Decoder
 from speechtx.model.encoder import Encoder
 from speechtx.model.losses import Losses, attention_loss, ctc_loss, decoder_targets
-from speechtx.model.subsampling import Subsampling
+from speechtx.model.subsampling import SUBSAMPLING_FACTOR, Subsampling
 
 
 class Recognizer(nn.Module):
@@ -20,18 +21,43 @@ class Recognizer(nn.Module):
         config: shape, penalty and loss weights.
         num_mel_bins: F, bins of the features.
         vocab_size: V, tokens including <blank> (id 0) and <sos/eos> (id V - 1).
+        frame_shift_ms: of the features; penalties in milliseconds need it.
+
+    Raises:
+        ConfigError: see `AttentionPenalty`.
     """
 
-    def __init__(self, *, config: ModelConfig, num_mel_bins: int, vocab_size: int) -> None:
+    def __init__(self, *, config: ModelConfig, num_mel_bins: int, vocab_size: int, frame_shift_ms: float = 10.0) -> None:
         super().__init__()
         self.config = config
         self.blank_id = 0
         self.sos_eos_id = vocab_size - 1
         dim = config.encoder.dim
-        self.encoder = Encoder(config=config.encoder, penalty=config.attention_penalty.encoder_self, num_mel_bins=num_mel_bins)
-        self.decoder = Decoder(config=config.decoder, dim=dim, vocab_size=vocab_size) if config.decoder.layers else None
+        penalty = config.attention_penalty
+        self.encoder = Encoder(
+            config=config.encoder,
+            penalty=penalty.encoder_self,
+            num_mel_bins=num_mel_bins,
+            backend=penalty.backend,
+            frame_ms=SUBSAMPLING_FACTOR * frame_shift_ms,
+        )
+        self.decoder: Decoder | None = None
+        if config.decoder.layers:
+            self.decoder = Decoder(
+                config=config.decoder,
+                dim=dim,
+                vocab_size=vocab_size,
+                penalty=penalty.decoder_self,
+                backend=penalty.backend,
+            )
         self.ctc = nn.Linear(dim, vocab_size)
         initialise(self)
+
+    def at_step(self, step: int) -> None:
+        """Tells penalties with a ramp how many training steps are done."""
+        for module in self.modules():
+            if isinstance(module, AttentionPenalty):
+                module.at_step(step)
 
     def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
         """feats (B, T, F), feat_lens (B,) -> enc_out (B, S, D), enc_lens (B,); see `Encoder.forward`."""

@@ -115,7 +115,7 @@ class Trainer:
                 epoch=self.epoch,
                 index=self.index,
                 count=len(groups),
-                frames=sum(self.train_corpus.utterances[i].num_frames for batch in group for i in batch),
+                amount=sum(self.train_corpus.utterances[i].num_frames for batch in group for i in batch),
                 step=self.step,
                 lr=lr,
                 averages=self.averages,
@@ -131,6 +131,7 @@ class Trainer:
         """One optimiser step over a group of batches, of which this process takes every `world.size`-th."""
         tokens = sum(len(self.train_corpus.tokens[i]) + 1 for batch in group for i in batch)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        self.model.at_step(self.step)
         for position in range(self.world.rank, len(group), self.world.size):
             batch = next(batches).to(self.world.device)
             seed_step(self.config.seed, self.step, position)

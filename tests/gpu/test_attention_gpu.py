@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from speechtx.attention.kernels import attend, attend_eager
-from speechtx.attention.penalty import build_bias
-from speechtx.config.schema import PenaltyConfig
+from speechtx.attention.site import build_bias
+from speechtx.config.penalty import PenaltyConfig
 from speechtx.model.convolution import DepthwiseConv
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

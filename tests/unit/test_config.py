@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from speechtx.config.errors import ConfigError
 from speechtx.config.load import config_hash, dump_config, load_config, parse_config
+from speechtx.config.penalty import PRESETS
 from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
 
 GOOD = """\
@@ -82,8 +83,32 @@ def test_mistake_is_refused_with_its_place(text: str, expected: str) -> None:
         ("{shape: logarithmic}", "'logarithmic' is not"),
         ("{shape: log, scale: -1}", "greater than or equal to 0, found -1"),
         ("{shape: log, scale: [1, 2]}", "lists 2 values, but encoder.heads is 4"),
-        ("{shape: gaussian}", "sigma (in encoder frames) is required"),
-        ("{shape: log, sigma: 3.0}", "has no meaning for the others"),
+        ("{shape: gaussian}", "sigma (in encoder frames, or in `unit`) is required"),
+        ("{shape: log, sigma: 3.0}", "sigma has no meaning for shape log; use scale"),
+        ("{shape: power}", "exponent is required"),
+        ("{shape: bucket, learnable: head}", "give buckets, max_distance"),
+        ("{shape: bucket, buckets: 32, max_distance: 128}", "learned table"),
+        ("{shape: window, window: 8, learnable: head}", "nothing to learn"),
+        ("{shape: none, learnable: head}", "nothing to learn"),
+        ("{shape: log, scale: 2.0, window: auto}", "needs logit_bound"),
+        ("{shape: log, window: auto, logit_bound: 5.0}", "impossible for shape log with a scale of at most 1"),
+        ("{shape: linear, window: auto, logit_bound: 5.0, max_distance: 9}", "impossible for shape linear with max_distance 9"),
+        ("{shape: linear, scale: 0.1, window: auto, logit_bound: 5.0, learnable: head}", "needs a fixed penalty"),
+        ("{shape: linear, window: 9, logit_bound: 5.0}", "only with window: auto"),
+        ("{shape: log, symmetric: false}", "needs scale_right"),
+        ("{shape: log, scale_right: 2.0}", "needs symmetric: false"),
+        ("{shape: gaussian, sigma: 2.0, symmetric: false, scale_right: 2.0}", "scale_right has no meaning"),
+        ("{shape: log, scale: [1.0, 2.0, 3.0, 4.0], learnable: layer}", "use learnable: head"),
+        ("{shape: log, scale: 0.0, learnable: head}", "cannot be learned"),
+        ("{shape: log, layers: 0:5}", "neither all, nor a span"),
+        ("{shape: log, layers: 5-0}", "neither all, nor a span"),
+        ("{shape: log, layers: [0, 12]}", "names 12, but there are 12, counted from 0"),
+        ("{shape: log, heads: [4]}", "names 4, but there are 4, counted from 0"),
+        ("{shape: log, heads: [1, 1]}", "names one twice"),
+        ("{shape: log, heads: [0, 1], scale: [1.0, 2.0, 3.0, 4.0]}", "lists 4 values, but 2 heads are selected"),
+        ("{shape: log, ramp: {from: -1.0}}", "greater than or equal to 0"),
+        ("{shape: log, ramp: {form: 0.0}}", "did you mean 'from'?"),
+        ("{shape: log, unit: s}", "'s' is not"),
         ("{shape: window}", "needs window"),
         ("{shape: none, window: 3}", "takes no window"),
         ("{shape: log, scale: alibi}", "goes with shape linear"),
@@ -95,6 +120,53 @@ def test_impossible_penalty_is_refused(penalty: str, expected: str) -> None:
         parse_config(f"model:\n  attention_penalty:\n    encoder_self: {penalty}\n", TrainConfig, source="f.yaml")
     assert expected in str(error.value)
     assert str(error.value).startswith("f.yaml:")
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        ("{preset: alibbi}", "did you mean 'alibi'?"),
+        ("{backend: fold, encoder_self: {shape: log}}", "encoder_self: backend fold folds plain gaussian and linear"),
+        ("{backend: fold, encoder_self: {shape: gaussian, sigma: 3.0, learnable: head}}", "cannot learn the strength"),
+        ("{backend: blocks, encoder_self: {shape: log}}", "needs a window"),
+        ("{backend: flash_attn, encoder_self: {shape: log}}", "linear penalties only"),
+        ("{backend: sdpa, encoder_self: {shape: log, apply: after_softmax}}", "use eager"),
+        ("{decoder_self: {shape: log, unit: ms}}", "no meaning for tokens"),
+        ("{decoder_self: {shape: log, symmetric: false, scale_right: 1.0}}", "never sees keys to the right"),
+        ("{cross: {shape: gaussian, sigma: 2.0, axis: rate}}", "needs rate"),
+        ("{cross: {shape: gaussian, sigma: 2.0, step: 2}}", "needs integer positions"),
+        ("{cross: {shape: gaussian, sigma: 2.0, unit: ms}}", "brings its own unit"),
+        ("{cross: {shape: gaussian, sigma: 2.0, window: auto, logit_bound: 3.0}}", "is for self-attention"),
+        ("{cross: {shape: gaussian, sigma: 2.0, axis: monotonic, round_centre: true}}", "it has no gradient"),
+        ("{cross: {shape: gaussian, sigma: 2.0, heads: [7]}}", "names 7, but there are 4"),
+    ],
+)
+def test_impossible_site_or_backend_is_refused_with_its_line(penalty: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(f"model:\n  attention_penalty: {penalty}\n", TrainConfig, source="f.yaml")
+    assert expected in str(error.value)
+    assert str(error.value).startswith("f.yaml:")
+
+
+def test_cross_attention_cannot_be_measured_by_a_ctc_output_that_is_not_trained() -> None:
+    text = "model: {ctc_weight: 0.0, attention_penalty: {cross: {shape: gaussian, sigma: 2.0}}}"
+    with pytest.raises(ConfigError, match="which ctc_weight 0 never trains"):
+        parse_config(text, TrainConfig, source="f.yaml")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_its_sites_and_own_keys_win(preset: str) -> None:
+    config = parse_config(f"model: {{attention_penalty: {{preset: {preset}, encoder_self: {{layers: 0-5}}}}}}", TrainConfig)
+    site = config.model.attention_penalty.encoder_self
+    assert site.shape == PRESETS[preset]["encoder_self"]["shape"] and site.layers == "0-5"
+    assert parse_config(dump_config(config), TrainConfig) == config
+
+
+def test_a_ramp_is_written_and_read_under_the_names_of_the_yaml() -> None:
+    text = "model: {attention_penalty: {encoder_self: {shape: log, ramp: {from: 0.5, to: 0.0, steps: 9}}}}"
+    config = parse_config(text, TrainConfig)
+    assert parse_config(dump_config(config), TrainConfig) == config and "from: 0.5" in dump_config(config)
+    assert config_hash(config) != config_hash(TrainConfig())
 
 
 def test_a_value_of_several_types_is_reported_in_one_line() -> None:

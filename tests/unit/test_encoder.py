@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechtx.config.schema import EncoderConfig, PenaltyConfig, SubsamplingConfig
+from speechtx.attention.site import AttentionPenalty
+from speechtx.config.penalty import PenaltyConfig
+from speechtx.config.schema import EncoderConfig, SubsamplingConfig
 from speechtx.model.convolution import ConvolutionModule, DepthwiseConv, depthwise_plain
 from speechtx.model.encoder import Encoder
 from speechtx.model.subsampling import subsampled_length
@@ -73,11 +75,9 @@ def test_the_penalty_reaches_the_encoder_and_none_equals_scale_zero(kind: str) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bias_is_built_once_a_batch_not_once_a_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from speechtx.model import encoder as module
-
     calls = []
-    build = module.build_bias
-    monkeypatch.setattr(module, "build_bias", lambda *args, **kwargs: calls.append(1) or build(*args, **kwargs))
+    build = AttentionPenalty.by_offset
+    monkeypatch.setattr(AttentionPenalty, "by_offset", lambda *args, **kwargs: calls.append(1) or build(*args, **kwargs))
     make_encoder(kind, PenaltyConfig(shape="log"))(torch.randn(2, 40, 20), torch.tensor([40, 30]))
     assert len(calls) == 1
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speechtx.attention.kernels import attend, attend_eager
-from speechtx.attention.penalty import build_bias
-from speechtx.config.schema import PenaltyConfig
+from speechtx.attention.site import build_bias
+from speechtx.config.penalty import PenaltyConfig
 
 
 def run(kernel, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **kwargs) -> list[Tensor]:

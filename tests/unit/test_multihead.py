@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from speechtx.attention.kernels import attend_eager
+from speechtx.attention.kernels import attend_eager, padding_bias
 from speechtx.attention.multihead import CrossAttention, SelfAttention, join_heads, split_heads
-from speechtx.attention.penalty import build_bias, padding_bias
-from speechtx.config.schema import PenaltyConfig
+from speechtx.attention.site import build_bias
+from speechtx.config.penalty import PenaltyConfig
 
 MASK = torch.arange(9) < torch.tensor([9, 5]).unsqueeze(1)
 

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from speechtx.config.penalty import AttentionPenaltyConfig, PenaltyConfig
 from speechtx.config.schema import (
-    AttentionPenaltyConfig,
     DecoderConfig,
     EncoderConfig,
     ModelConfig,
-    PenaltyConfig,
     SubsamplingConfig,
 )
 from speechtx.model.recognizer import Recognizer
