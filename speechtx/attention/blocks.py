@@ -23,6 +23,8 @@ from torch import Tensor
 
 # Logits of one group of blocks, per thread: 512 KiB in float32, which stays in the second-level cache with what is made of it.
 _GROUP = 2**17
+# Queries in a block where SDPA is called: the rows a fused kernel works on at once.
+_SDPA_BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +93,8 @@ class BlockBias:
 
 
 def _block_size(window: int) -> int:
-    """m: larger blocks make larger matrix products, smaller ones meet fewer keys in vain (2W + m instead of 2W + 1)."""
-    return 32 if window <= 16 else 64 if window <= 128 else 128
+    """m on CPU: larger blocks make larger matrix products, smaller ones meet fewer keys in vain (2W + m instead of 2W + 1)."""
+    return 32 if window <= 128 else 64
 
 
 def _hidden(dtype: torch.dtype) -> float:
@@ -288,7 +290,7 @@ def _attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, by_offset: Tensor, mask: Te
     batch, _, length, _ = q.shape
     by_offset = _crop(by_offset, length)
     window = by_offset.shape[1] // 2
-    block = _block_size(window)
+    block = _SDPA_BLOCK
     real = torch.ones(1, length, dtype=torch.bool, device=q.device) if mask is None else mask
     real = _cut(real.expand(batch, -1)[:, None, :, None], block, window).transpose(2, 3)  # (B * blocks, 1, 1, span)
     bias = torch.where(real, _band(by_offset, block, q.dtype), _hidden(q.dtype))

@@ -97,7 +97,7 @@ def test_any_keys_and_any_offsets_may_be_hidden(data, length, window, kernel) ->
 
 
 @pytest.mark.parametrize("kernel", [local, through_sdpa])
-@pytest.mark.parametrize("window", [16, 17, 64, 128, 130])
+@pytest.mark.parametrize("window", [16, 32, 33, 128, 129])
 def test_every_block_size_equals_plain_attention(kernel, window: int) -> None:
     mask = mask_of([300, 171], 300)
     arguments = (*inputs(2, 2, 300), log_penalty(window, 2, torch.float64))
@@ -250,7 +250,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
         return most
 
     small, large = peak(1000), peak(8000)
-    assert 4 * 1000 * 2 * DIM < small  # the counter counts: at least the output is there
+    assert small > 4 * 1000 * 2 * DIM  # the counter counts: at least the output is there
     assert large < 9 * small
 
 
