@@ -17,9 +17,9 @@ from torch import Tensor
 
 from speechtx.config.errors import ConfigError
 from speechtx.config.schema import DecodeConfig
+from speechtx.model.ctc_forward import CtcState
 from speechtx.model.decoder import DecoderState
 from speechtx.model.recognizer import Recognizer
-from speechtx.model.ctc_forward import CtcState
 from speechtx.search.ctc_prefix import CtcPrefixScorer
 from speechtx.search.hypothesis import Hypothesis
 
