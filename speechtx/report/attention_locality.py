@@ -40,6 +40,7 @@ class LayerLocality:
         layer: counted from 0.
         logit_bound: the greatest |q.k| / sqrt(d_k).
         diagonality: see `attention_probe.diagonality`, the mean over heads and all queries.
+        diagonality_without: the same for the same queries and keys with this layer's penalty removed; None if it pays none.
         mean_distance: in encoder frames, the mean over heads and all queries.
         outside: by window, in encoder frames.
         certified: frames of the window that provably cuts off at most EPSILON if logits stay within logit_bound; None: none does.
@@ -49,6 +50,7 @@ class LayerLocality:
     layer: int
     logit_bound: float
     diagonality: float
+    diagonality_without: float | None
     mean_distance: float
     outside: dict[int, Outside]
     certified: int | None
@@ -62,6 +64,7 @@ class _Sums:
     queries: int = 0
     logit_bound: float = 0.0
     diagonality: float = 0.0
+    diagonality_without: float = 0.0
     distance: float = 0.0
     outside: dict[int, float] = field(default_factory=lambda: dict.fromkeys(WINDOWS, 0.0))
     most: dict[int, float] = field(default_factory=lambda: dict.fromkeys(WINDOWS, 0.0))
@@ -72,6 +75,8 @@ class _Sums:
         self.queries += length
         self.logit_bound = max(self.logit_bound, maps.max_logit)
         self.diagonality += float(diagonality(weights).mean()) * length
+        if maps.without is not None:
+            self.diagonality_without += float(diagonality(maps.without.double()).mean()) * length
         self.distance += float(mean_distance(weights).mean()) * length
         for window in WINDOWS:
             beyond = mass_outside(weights, window)
@@ -110,6 +115,7 @@ def _locality(site: AttentionPenalty, layer: int, total: _Sums) -> LayerLocality
         layer=layer,
         logit_bound=total.logit_bound,
         diagonality=total.diagonality / total.queries,
+        diagonality_without=total.diagonality_without / total.queries if layer in site.layers else None,
         mean_distance=total.distance / total.queries,
         outside={window: Outside(total.outside[window] / total.queries, total.most[window]) for window in WINDOWS},
         certified=certified,
@@ -136,13 +142,14 @@ def certified_window(site: AttentionPenalty, layer: int, logit_bound: float) -> 
 
 def format_table(layers: Sequence[LayerLocality], *, frame_seconds: float) -> str:
     """The table that is printed: Markdown, a row a layer, shares of the weight in percent as mean / maximum."""
-    heads = ["layer", "logit_bound", "diagonality", "mean distance"]
+    heads = ["layer", "logit_bound", "diagonality", "penalty removed", "mean distance"]
     heads += [f"beyond {window} frames ({window * frame_seconds:.2g} s)" for window in WINDOWS] + [f"certified, {EPSILON:g}"]
     rows = [
         [
             str(row.layer),
             f"{row.logit_bound:.1f}",
             f"{row.diagonality:.3f}",
+            "" if row.diagonality_without is None else f"{row.diagonality_without:.3f}",
             f"{row.mean_distance:.1f} ({row.mean_distance * frame_seconds:.2f} s)",
             *(f"{100 * share.mean:.2f} / {100 * share.max:.1f} %" for share in row.outside.values()),
             "none" if row.certified is None else f"{row.certified} frames",

@@ -180,13 +180,18 @@ def test_the_table_weighs_utterances_by_their_length_and_takes_the_greatest() ->
     short, long = torch.randn(60, 20), torch.randn(280, 20)
     apart, together = [measure(encoder, [feats], [1])[0] for feats in (short, long)], measure(encoder, [short, long], [1])[0]
     share = 14 / (14 + 69)
-    for name in ("diagonality", "mean_distance"):
+    for name in ("diagonality", "diagonality_without", "mean_distance"):
         first, second = (getattr(part, name) for part in apart)
         assert getattr(together, name) == pytest.approx(share * first + (1 - share) * second)
     assert together.outside[32].mean == pytest.approx((1 - share) * apart[1].outside[32].mean) and apart[0].outside[32].max == 0
     assert together.outside[16].max == max(part.outside[16].max for part in apart)
     assert together.logit_bound == max(part.logit_bound for part in apart)
-    assert together.certified is None and "scale > 1" in together.why
+    assert (
+        together.certified is None
+        and "scale > 1" in together.why
+        and together.diagonality > (together.diagonality_without or 1.0)
+    )
+    assert measure(make_encoder(PenaltyConfig()), [short])[0].diagonality_without is None
     table = format_table([together], frame_seconds=0.04)
     assert (
         "no certified window in layers 1: shape log" in table and len({line.count("|") for line in table.splitlines()[:3]}) == 1
