@@ -79,10 +79,18 @@ class TokenizerConfig(Section):
 # ---------------------------------------------------------------------------------------------------- model
 
 
+class Attention2dConfig(Section):
+    """Speech-Transformer's 2D-attention (Dong et al. 2018, section 3.2), between the convolutions and the linear layer."""
+
+    modules: NonNegative = 0
+    channels: Positive = 32  # heads in time, and as many in frequency
+
+
 class SubsamplingConfig(Section):
     """Two 3x3 convolutions of stride 2 in time and frequency, then a linear layer to the model's width."""
 
     channels: Positive = 256
+    attention_2d: Attention2dConfig = Attention2dConfig()
 
 
 class EncoderConfig(Section):
@@ -97,6 +105,9 @@ class EncoderConfig(Section):
     dropout: Probability = 0.1
     positional_dropout: Probability = 0.1
     attention_dropout: Probability = 0.0  # 0 keeps the fused attention kernels available
+    position: Literal["sinusoidal", "sinusoidal_concatenated", "none", "rotary", "relative"] = "sinusoidal"
+    norm: Literal["layer", "batch"] = "layer"  # of the blocks; batch: over the valid frames of a batch
+    attention_weights: Literal["softmax", "relu"] = "softmax"  # relu: relu(logits) / number of keys, plain computation only
     subsampling: SubsamplingConfig = SubsamplingConfig()
 
     @model_validator(mode="after")
@@ -105,6 +116,8 @@ class EncoderConfig(Section):
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
         if self.dim % 2:
             raise ValueError(f"dim {self.dim} must be even for sinusoidal positions")
+        if self.position == "rotary" and self.dim // self.heads % 2:
+            raise ValueError(f"position rotary turns pairs of dimensions, but dim / heads is {self.dim // self.heads}, odd")
         if self.type == "conformer" and self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel {self.conv_kernel} must be odd so that the convolution is centred")
         return self
@@ -119,6 +132,7 @@ class DecoderConfig(Section):
     dropout: Probability = 0.1
     positional_dropout: Probability = 0.1
     attention_dropout: Probability = 0.0
+    position: Literal["sinusoidal", "sinusoidal_concatenated", "none", "rotary"] = "sinusoidal"
 
 
 class ModelConfig(Section):
@@ -134,10 +148,14 @@ class ModelConfig(Section):
     def _agree(self) -> Self:
         if self.decoder.layers and self.encoder.dim % self.decoder.heads:
             raise ValueError(f"encoder.dim {self.encoder.dim} is not divisible by decoder.heads {self.decoder.heads}")
+        head = self.encoder.dim // self.decoder.heads
+        if self.decoder.layers and self.decoder.position == "rotary" and head % 2:
+            raise ValueError(f"decoder.position rotary turns pairs of dimensions, but encoder.dim / decoder.heads is {head}, odd")
         if self.decoder.layers == 0 and self.ctc_weight != 1.0:
             raise ValueError("decoder.layers 0 needs ctc_weight 1.0")
         if self.decoder.layers and self.ctc_weight == 1.0:
             raise ValueError("ctc_weight 1.0 would never train the decoder; set decoder.layers: 0")
+        self._check_plain_attention()
         penalty = self.attention_penalty
         check_site(penalty.encoder_self, "encoder_self", num_layers=self.encoder.layers, num_heads=self.encoder.heads)
         for name in ("decoder_self", "cross"):
@@ -152,6 +170,24 @@ class ModelConfig(Section):
                 "trains; use axis monotonic, rate or lower_layer, or a ctc_weight above 0"
             )
         return self
+
+    def _check_plain_attention(self) -> None:
+        """Relative positions and relu weights are computed with the penalty as one dense bias."""
+        penalty = self.attention_penalty
+        for option, backends in (
+            ("position: relative", ("auto", "eager", "sdpa")),
+            ("attention_weights: relu", ("auto", "eager")),
+        ):
+            name, value = option.split(": ")
+            if getattr(self.encoder, name) != value:
+                continue
+            if penalty.encoder_self.shape != "none" and penalty.backend not in backends:
+                raise ValueError(
+                    f"encoder.{option} needs the penalty as a dense bias, which attention_penalty.backend {penalty.backend} does "
+                    f"not build; use {' or '.join(backends)}"
+                )
+            if penalty.encoder_self.apply != "logits":
+                raise ValueError(f"encoder.{option} cannot be combined with apply: after_softmax")
 
 
 # ---------------------------------------------------------------------------------------------------- training

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from speechtx.model.norm import make_norm
 
 
 class DepthwiseConv(nn.Module):
@@ -71,22 +73,23 @@ class _TapSum(torch.autograd.Function):
 class ConvolutionModule(nn.Module):
     """Conformer's convolution (Gulati et al. 2020, section 2.2): pointwise, GLU, depthwise over time, norm, swish, pointwise.
 
-    The norm is a LayerNorm, not the paper's BatchNorm: the output then depends on neither the other utterances of the batch nor
-    their padding, and there are no running statistics that accumulation, several processes and resuming would have to agree on.
+    The norm is a LayerNorm unless told otherwise, not the paper's BatchNorm: the output then does not depend on the other
+    utterances of the batch, and there are no running statistics that accumulation and several processes have to agree on.
 
     Args:
         dim: D.
         kernel: taps of the depthwise convolution, odd.
+        norm: as `encoder.norm`.
     """
 
-    def __init__(self, *, dim: int, kernel: int) -> None:
+    def __init__(self, *, dim: int, kernel: int, norm: Literal["layer", "batch"] = "layer") -> None:
         super().__init__()
         self.pointwise_in = nn.Linear(dim, 2 * dim)
         self.depthwise = DepthwiseConv(dim=dim, kernel=kernel)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = make_norm(norm, dim)
         self.pointwise_out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
         """x (B, S, D), mask (B, S) -> (B, S, D); padded frames enter the convolution as zeros, like those outside the batch."""
         x = F.glu(self.pointwise_in(x), dim=-1).masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self.pointwise_out(F.silu(self.norm(self.depthwise(x))))
+        return self.pointwise_out(F.silu(self.norm(self.depthwise(x), mask)))

@@ -16,7 +16,7 @@ from speechtx.config.penalty import PenaltyConfig
 from speechtx.config.schema import DecoderConfig
 from speechtx.model.dropout import Dropout
 from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
-from speechtx.model.position import SinusoidalPosition
+from speechtx.model.position import input_position
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -64,7 +64,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, *, config: DecoderConfig, dim: int) -> None:
         super().__init__()
         self.norm_attn = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
+        rotary = config.position == "rotary"
+        self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout, rotary=rotary)
         self.norm_cross = nn.LayerNorm(dim)
         self.cross = CrossAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
         self.norm_ff = nn.LayerNorm(dim)
@@ -81,7 +82,7 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, own: KeyValue | None, cross: KeyValue, *, own_bias: Tensor | None, cross_bias: Tensor | None
     ) -> tuple[Tensor, KeyValue]:
         """One position: x (N, 1, D) -> (N, 1, D) and the self-attention keys and values with this position's appended."""
-        q, k, v = self.attn.project(self.norm_attn(x))
+        q, k, v = self.attn.project(self.norm_attn(x), start=0 if own is None else own[0].shape[2])
         if own is not None:
             k, v = torch.cat((own[0], k), dim=2), torch.cat((own[1], v), dim=2)
         x = x + self.attn.out(join_heads(attend(q, k, v, bias=own_bias)))
@@ -117,7 +118,7 @@ class Decoder(nn.Module):
             penalty or PenaltyConfig(), num_layers=config.layers, num_heads=config.heads, backend=backend, site="decoder_self"
         )
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.position = SinusoidalPosition(dim=dim, dropout=config.positional_dropout)
+        self.position = input_position(config.position, dim=dim, dropout=config.positional_dropout)
         self.layers = nn.ModuleList(DecoderLayer(config=config, dim=dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, vocab_size)

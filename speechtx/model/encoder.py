@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from speechtx.attention.kernels import Bias
 from speechtx.attention.multihead import SelfAttention
+from speechtx.attention.relative import RelativeSelfAttention
 from speechtx.attention.site import AttentionPenalty
 from speechtx.config.penalty import PenaltyConfig
 from speechtx.config.schema import EncoderConfig
 from speechtx.model.convolution import ConvolutionModule
 from speechtx.model.dropout import Dropout
-from speechtx.model.position import SinusoidalPosition
+from speechtx.model.norm import make_norm
+from speechtx.model.position import input_position
 from speechtx.model.subsampling import Subsampling, subsampled_length
 
 
@@ -49,22 +51,31 @@ class FeedForward(nn.Module):
         return self.outer(self.dropout(self.activation(self.inner(x))))
 
 
+def make_attention(config: EncoderConfig) -> SelfAttention:
+    """The self-attention of a block, with the positions that act inside it."""
+    shared = {"dim": config.dim, "num_heads": config.heads}
+    if config.position == "relative":
+        return RelativeSelfAttention(**shared, dropout=config.attention_dropout, weighting=config.attention_weights)
+    rotary = config.position == "rotary"
+    return SelfAttention(**shared, dropout=config.attention_dropout, weighting=config.attention_weights, rotary=rotary)
+
+
 class TransformerEncoderLayer(nn.Module):
     """Pre-norm self-attention and feed-forward, each with a residual connection."""
 
     def __init__(self, *, config: EncoderConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.norm_attn = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
-        self.norm_ff = nn.LayerNorm(dim)
+        self.norm_attn = make_norm(config.norm, dim)
+        self.attn = make_attention(config)
+        self.norm_ff = make_norm(config.norm, dim)
         self.ff = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, *, bias: Bias, mask: Tensor) -> Tensor:
         """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""
-        x = x + self.dropout(self.attn(self.norm_attn(x), bias=bias))
-        return x + self.dropout(self.ff(self.norm_ff(x)))
+        x = x + self.dropout(self.attn(self.norm_attn(x, mask), bias=bias))
+        return x + self.dropout(self.ff(self.norm_ff(x, mask)))
 
 
 class ConformerEncoderLayer(nn.Module):
@@ -73,24 +84,24 @@ class ConformerEncoderLayer(nn.Module):
     def __init__(self, *, config: EncoderConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.norm_ff_in = nn.LayerNorm(dim)
+        self.norm_ff_in = make_norm(config.norm, dim)
         self.ff_in = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout, activation="silu")
-        self.norm_attn = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim=dim, num_heads=config.heads, dropout=config.attention_dropout)
-        self.norm_conv = nn.LayerNorm(dim)
-        self.conv = ConvolutionModule(dim=dim, kernel=config.conv_kernel)
-        self.norm_ff_out = nn.LayerNorm(dim)
+        self.norm_attn = make_norm(config.norm, dim)
+        self.attn = make_attention(config)
+        self.norm_conv = make_norm(config.norm, dim)
+        self.conv = ConvolutionModule(dim=dim, kernel=config.conv_kernel, norm=config.norm)
+        self.norm_ff_out = make_norm(config.norm, dim)
         self.ff_out = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout, activation="silu")
-        self.norm_final = nn.LayerNorm(dim)
+        self.norm_final = make_norm(config.norm, dim)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, *, bias: Bias, mask: Tensor) -> Tensor:
         """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""
-        x = x + 0.5 * self.dropout(self.ff_in(self.norm_ff_in(x)))
-        x = x + self.dropout(self.attn(self.norm_attn(x), bias=bias))
-        x = x + self.dropout(self.conv(self.norm_conv(x), mask=mask))
-        x = x + 0.5 * self.dropout(self.ff_out(self.norm_ff_out(x)))
-        return self.norm_final(x)
+        x = x + 0.5 * self.dropout(self.ff_in(self.norm_ff_in(x, mask)))
+        x = x + self.dropout(self.attn(self.norm_attn(x, mask), bias=bias))
+        x = x + self.dropout(self.conv(self.norm_conv(x, mask), mask=mask))
+        x = x + 0.5 * self.dropout(self.ff_out(self.norm_ff_out(x, mask)))
+        return self.norm_final(x, mask)
 
 
 class Encoder(nn.Module):
@@ -115,14 +126,22 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        if backend == "auto" and (config.position == "relative" or config.attention_weights == "relu"):
+            backend = "sdpa"  # the penalty as a dense bias, which these options add to or apply themselves
         self.attention_penalty = AttentionPenalty(
             penalty, num_layers=config.layers, num_heads=config.heads, backend=backend, spacing=frame_ms
         )
-        self.subsampling = Subsampling(num_mel_bins=num_mel_bins, channels=config.subsampling.channels, dim=config.dim)
-        self.position = SinusoidalPosition(dim=config.dim, dropout=config.positional_dropout)
+        self.subsampling = Subsampling(
+            num_mel_bins=num_mel_bins,
+            channels=config.subsampling.channels,
+            dim=config.dim,
+            attention_2d=config.subsampling.attention_2d.modules,
+            attention_2d_channels=config.subsampling.attention_2d.channels,
+        )
+        self.position = input_position(config.position, dim=config.dim, dropout=config.positional_dropout)
         layer = ConformerEncoderLayer if config.type == "conformer" else TransformerEncoderLayer
         self.layers = nn.ModuleList(layer(config=config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim)  # with either norm in the blocks: CTC and decoder get frames of one size
 
     def forward(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes a padded batch.
@@ -134,7 +153,7 @@ class Encoder(nn.Module):
         Returns:
             enc_out (B, S, D) and enc_lens (B,); rows of enc_out behind enc_lens are arbitrary.
         """
-        x = self.position(self.subsampling(feats))
+        x = self.position(self.subsampling(feats, feat_lens))
         enc_lens = subsampled_length(feat_lens)
         mask = length_mask(enc_lens, x.shape[1])
         for layer, bias in zip(self.layers, self.biases(x, mask), strict=True):
