@@ -186,7 +186,7 @@ class CrossPenaltyConfig(PenaltyConfig):
     rate: PositiveFloat | None = None  # encoder frames per token: for rate, for uniform with length: rate, to start monotonic
     length: Literal["ctc", "rate"] = "ctc"  # uniform: how many tokens to expect when the text is not known
     length_noise: NonNegativeFloat = 0.1  # uniform, training: the true number of tokens times 1 + this much normal noise
-    round_centre: bool = False  # coordinates rounded to integers
+    round_centre: bool = False  # coordinates rounded to whole frames, for ctc_count to half tokens
     heads: Literal["all"] | Indices = (0,)
 
     @property
@@ -213,6 +213,8 @@ class CrossPenaltyConfig(PenaltyConfig):
         if self.round_centre and self.axis in ("monotonic", "uniform"):
             reason = "it has no gradient" if self.axis == "monotonic" else "all positions lie between 0 and 1"
             raise ValueError(f"round_centre is impossible for axis {self.axis}: {reason}")
+        if self.axis == "lower_layer" and self.layers != "all" and self.selected_layers(1) == (0,):
+            raise ValueError("axis lower_layer never charges layer 0, which has no layer below; select a higher one")
         return self
 
 

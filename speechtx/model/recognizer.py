@@ -48,6 +48,7 @@ class Recognizer(nn.Module):
                 dim=dim,
                 vocab_size=vocab_size,
                 penalty=penalty.decoder_self,
+                cross_penalty=penalty.cross,
                 backend=penalty.backend,
             )
         self.ctc = nn.Linear(dim, vocab_size)
@@ -77,13 +78,14 @@ class Recognizer(nn.Module):
             token_lens: (B,) int64.
         """
         enc_out, enc_lens = self.encode(feats, feat_lens)
-        ctc = ctc_loss(self.ctc_log_probs(enc_out), enc_lens, tokens, token_lens, blank_id=self.blank_id)
+        log_probs = self.ctc_log_probs(enc_out)
+        ctc = ctc_loss(log_probs, enc_lens, tokens, token_lens, blank_id=self.blank_id)
         num_tokens = (token_lens + 1).sum()
         if self.decoder is None:
             nothing = torch.zeros_like(ctc)
             return Losses(ctc, ctc.detach(), nothing.detach(), num_tokens, torch.zeros_like(num_tokens))
         tokens_in, targets = decoder_targets(tokens, token_lens, sos_eos_id=self.sos_eos_id)
-        logits = self.decoder(tokens_in, token_lens + 1, enc_out, enc_lens)
+        logits = self.decoder(tokens_in, token_lens + 1, enc_out, enc_lens, ctc_log_probs=log_probs)
         att, num_correct = attention_loss(logits, targets, label_smoothing=self.config.label_smoothing)
         weight = self.config.ctc_weight
         return Losses(weight * ctc + (1.0 - weight) * att, ctc.detach(), att.detach(), num_tokens, num_correct)

@@ -116,16 +116,19 @@ class _BeamSearch:
         self.max_len = (enc_lens.to(self.device, torch.float64) * config.max_len_ratio).long().clamp(min=1)
         self.offsets = torch.arange(self.batch, device=self.device).unsqueeze(1) * self.beam  # first row of every utterance
 
+        self.decoder = model.decoder if config.ctc_weight < 1 else None
+        log_probs = None  # computed once, for the prefix scores and for a penalty whose axis CTC measures
+        if config.ctc_weight > 0 or (self.decoder is not None and self.decoder.needs_ctc):
+            log_probs = model.ctc_log_probs(enc_out)
         self.scorer: CtcPrefixScorer | None = None
         self.ctc_state: CtcState | None = None
         if config.ctc_weight > 0:
-            log_probs = model.ctc_log_probs(enc_out)
+            assert log_probs is not None
             self.scorer = CtcPrefixScorer(log_probs=log_probs, enc_lens=enc_lens, blank_id=self.blank_id, beam=self.beam)
             self.ctc_state = self.scorer.start()
-        self.decoder = model.decoder if config.ctc_weight < 1 else None
         self.decoder_state: DecoderState | None = None
         if self.decoder is not None:
-            self.decoder_state = self.decoder.start(enc_out, enc_lens, beam=self.beam)
+            self.decoder_state = self.decoder.start(enc_out, enc_lens, beam=self.beam, ctc_log_probs=log_probs)
         self.last = torch.full((self.batch * self.beam,), self.end_id, device=self.device)  # every sentence starts with it
 
         self.active = self._empty(self.beam)

@@ -107,8 +107,10 @@ def _next_log_probs(model: Recognizer, enc_out: Tensor, tokens: Sequence[int]) -
     """(V,) log-probabilities of the token after `tokens`, from a decoder that reads the whole prefix."""
     assert model.decoder is not None
     tokens_in = torch.tensor([[model.sos_eos_id, *tokens]])
+    lens, frames = torch.tensor([tokens_in.shape[1]]), torch.tensor([len(enc_out)])
     with torch.inference_mode():
-        logits = model.decoder(tokens_in, torch.tensor([tokens_in.shape[1]]), enc_out.unsqueeze(0), torch.tensor([len(enc_out)]))
+        log_probs = model.ctc_log_probs(enc_out.unsqueeze(0)) if model.decoder.needs_ctc else None
+        logits = model.decoder(tokens_in, lens, enc_out.unsqueeze(0), frames, ctc_log_probs=log_probs)
     return logits[0, -1].double().log_softmax(dim=-1)
 
 

@@ -138,6 +138,7 @@ def test_impossible_penalty_is_refused(penalty: str, expected: str) -> None:
         ("{cross: {shape: gaussian, sigma: 2.0, unit: ms}}", "brings its own unit"),
         ("{cross: {shape: gaussian, sigma: 2.0, window: auto, logit_bound: 3.0}}", "is for self-attention"),
         ("{cross: {shape: gaussian, sigma: 2.0, axis: monotonic, round_centre: true}}", "it has no gradient"),
+        ("{cross: {shape: gaussian, sigma: 2.0, axis: lower_layer, layers: [0]}}", "never charges layer 0"),
         ("{cross: {shape: gaussian, sigma: 2.0, heads: [7]}}", "names 7, but there are 4"),
     ],
 )

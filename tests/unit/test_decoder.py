@@ -1,19 +1,67 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from speechtx.attention.kernels import attention_weights
+from speechtx.attention.multihead import split_heads
+from speechtx.config.penalty import CrossPenaltyConfig
 from speechtx.config.schema import DecoderConfig
 from speechtx.model.decoder import Decoder
 
 VOCAB = 11
+# One of every axis, and with them the ways to pay: shapes, sides, heads, layers, windows, learned strengths.
+CROSS = {
+    "uniform": CrossPenaltyConfig(shape="gaussian", sigma=0.1, axis="uniform"),
+    "rate": CrossPenaltyConfig(shape="linear", scale=(0.5, 2.0), heads="all", axis="rate", rate=1.5),
+    "ctc_count": CrossPenaltyConfig(shape="gaussian", sigma=1.0, layers=(0, 2)),
+    "ctc_prefix": CrossPenaltyConfig(
+        shape="log", scale=2.0, axis="ctc_prefix", symmetric=False, scale_right=1.0, round_centre=True, window=4
+    ),
+    "monotonic": CrossPenaltyConfig(shape="gaussian", sigma=1.5, axis="monotonic", rate=1.2, learnable="head", layers=(1, 2)),
+    "lower_layer": CrossPenaltyConfig(shape="gaussian", sigma=1.0, axis="lower_layer", heads=(1,)),
+}
 
 
-def make_decoder() -> Decoder:
+def make_decoder(cross: str | None = None) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(config=DecoderConfig(layers=2, heads=2, ff_dim=32), dim=16, vocab_size=VOCAB).eval()
+    config = DecoderConfig(layers=2 if cross is None else 3, heads=2, ff_dim=32)
+    penalty = None if cross is None else CROSS[cross]
+    decoder = Decoder(config=config, dim=16, vocab_size=VOCAB, cross_penalty=penalty).eval()
+    if cross == "monotonic":  # steps that depend on the query, as after training
+        for weight in decoder.cross_penalty.axis.weight:
+            torch.nn.init.normal_(weight)
+    return decoder
+
+
+def ctc_of(enc_out: Tensor) -> Tensor:
+    """A fixed random CTC output, a function of each frame alone."""
+    weight = torch.randn(enc_out.shape[-1], VOCAB, generator=torch.Generator().manual_seed(8)).to(enc_out.dtype)
+    return (enc_out @ weight).float().log_softmax(-1)
+
+
+@contextmanager
+def biases_of(decoder: Decoder) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """(queries' input, keys, bias) of every call of a cross-attention, in order."""
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    hooks = [
+        layer.cross.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args[0], args[1], kwargs["bias"])), with_kwargs=True
+        )
+        for layer in decoder.layers
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @settings(deadline=None, max_examples=15)
@@ -80,3 +128,136 @@ def test_encoder_padding_and_later_tokens_do_not_reach_a_position() -> None:
     changed = decoder(other, torch.tensor([4]), enc_out, torch.tensor([5]))
     torch.testing.assert_close(changed[:, :4], logits[:, :4], atol=1e-6, rtol=0)
     assert not torch.allclose(changed[:, 4:], logits[:, 4:], atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- a penalty on distance
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
+@pytest.mark.parametrize("cross", CROSS)
+@torch.no_grad()
+def test_with_a_cross_penalty_step_by_step_equals_teacher_forcing(cross, enc_lens, length, beam, seed) -> None:
+    decoder = make_decoder(cross).double()
+    generator = torch.Generator().manual_seed(seed)
+    batch, lens = len(enc_lens), torch.tensor(enc_lens)
+    enc_out = 2 * torch.randn(batch, max(enc_lens), 16, dtype=torch.float64, generator=generator)
+    tokens = torch.randint(VOCAB, (batch * beam, length), generator=generator)
+    outputs: list[Tensor] = []  # before the last layer, which rounds to float32
+    decoder.norm.register_forward_hook(lambda module, args, output: outputs.append(output))
+    state = decoder.start(enc_out, lens, beam=beam, ctc_log_probs=ctc_of(enc_out))
+    for position in range(length):
+        _, state = decoder.step(tokens[:, position], state)
+    repeated = enc_out.repeat_interleave(beam, 0)
+    token_lens = torch.full((batch * beam,), length)
+    decoder(tokens, token_lens, repeated, lens.repeat_interleave(beam), ctc_log_probs=ctc_of(repeated))
+    torch.testing.assert_close(torch.cat(outputs[:-1], 1), outputs[-1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("cross", CROSS)
+@torch.no_grad()
+def test_with_a_cross_penalty_hypotheses_may_move_and_utterances_leave(cross) -> None:
+    decoder = make_decoder(cross)
+    enc_out, lens = 2 * torch.randn(3, 9, 16), torch.tensor([9, 5, 7])
+    first, second, third = torch.randint(VOCAB, (3, 6)).unbind(0)
+    _, state = decoder.step(first, decoder.start(enc_out, lens, beam=2, ctc_log_probs=ctc_of(enc_out)))
+    _, state = decoder.step(second, state)
+    rows = torch.tensor([1, 1, 2, 3, 5, 4])
+    moved, _ = decoder.step(third, state.select(rows))
+    repeated = enc_out.repeat_interleave(2, 0)
+    tokens = torch.stack((first[rows], second[rows], third), 1)
+    logits = decoder(tokens, torch.full((6,), 3), repeated, lens.repeat_interleave(2), ctc_log_probs=ctc_of(repeated))
+    torch.testing.assert_close(moved, logits[:, -1].log_softmax(-1), atol=1e-5, rtol=0)
+    stay = torch.tensor([0, 1, 4, 5])
+    kept, _ = decoder.step(third[stay], state.select(rows).keep(torch.tensor([0, 2])))
+    torch.testing.assert_close(kept, moved[stay], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cross", CROSS)
+@torch.no_grad()
+def test_with_a_cross_penalty_padding_and_the_rest_of_the_batch_do_not_reach_an_utterance(cross) -> None:
+    decoder = make_decoder(cross)
+    enc_out, tokens = 2 * torch.randn(2, 9, 16), torch.randint(VOCAB, (2, 6))
+    together = decoder(tokens, torch.tensor([6, 6]), enc_out, torch.tensor([5, 9]), ctc_log_probs=ctc_of(enc_out))
+    short = enc_out[:1, :5]
+    alone = decoder(tokens[:1], torch.tensor([6]), short, torch.tensor([5]), ctc_log_probs=ctc_of(short))
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+    plain = make_decoder(cross)
+    plain.cross_penalty = None
+    assert not torch.allclose(plain(tokens[:1], torch.tensor([6]), short, torch.tensor([5])), alone, atol=1e-3)
+
+
+@torch.no_grad()
+def test_cross_attention_is_charged_exactly_for_the_distance_on_the_axis() -> None:
+    decoder = make_decoder("ctc_count")
+    enc_out, lens = 2 * torch.randn(2, 7, 16), torch.tensor([7, 4])
+    log_probs = ctc_of(enc_out)
+    with biases_of(decoder) as calls:
+        decoder(torch.randint(VOCAB, (2, 5)), torch.tensor([5, 5]), enc_out, lens, ctc_log_probs=log_probs)
+    paying, free, again = (bias for _, _, bias in calls)
+    assert again is paying and free.shape == (2, 1, 1, 7)  # built once, and not at all for the layer that does not pay
+    p = log_probs.exp().tolist()
+    for b, length in enumerate(lens.tolist()):
+        y, count = [], 0.0
+        for j in range(length):
+            begun = sum(p[b][j][k] * (1 - (p[b][j - 1][k] if j else 0.0)) for k in range(1, VOCAB))
+            y.append(count + begun / 2 + 0.001 * (j + 0.5))
+            count += begun
+        for i in range(5):
+            x = min(max(i + 0.5, y[0]), y[-1])
+            for j in range(7):
+                expected = -((x - y[j]) ** 2) / 2 if j < length else -math.inf
+                assert paying[b, 0, i, j].item() == pytest.approx(expected, abs=1e-4)
+                assert paying[b, 1, i, j] == (0.0 if j < length else -math.inf)  # head 1 is not selected
+
+
+@torch.no_grad()
+def test_lower_layer_is_charged_for_the_distance_from_where_the_paying_heads_looked_one_layer_below() -> None:
+    decoder = make_decoder("lower_layer")
+    enc_out, lens = torch.randn(2, 7, 16), torch.tensor([7, 4])
+    with biases_of(decoder) as calls:
+        decoder(torch.randint(VOCAB, (2, 5)), torch.tensor([5, 5]), enc_out, lens)
+    assert calls[0][2].shape == (2, 1, 1, 7)
+    frames = torch.arange(7.0)
+    for layer in (1, 2):
+        query, keys, bias = calls[layer - 1]
+        weights = attention_weights(split_heads(decoder.layers[layer - 1].cross.q(query), 2), keys, bias=bias)[:, 1]
+        expected = -0.5 * ((weights @ frames).unsqueeze(-1) - frames).square()
+        torch.testing.assert_close(calls[layer][2][0, 1], expected[0], atol=1e-4, rtol=1e-4)
+        assert bool((calls[layer][2][0, 0] == 0).all()) and bool((calls[layer][2][1, :, :, 4:] == -math.inf).all())
+
+
+@pytest.mark.parametrize("cross", CROSS)
+@pytest.mark.parametrize(("frames", "length"), [(1, 1), (1, 4), (9, 1), (9, 6)])
+def test_with_a_cross_penalty_even_one_frame_and_one_token_train(cross, frames, length) -> None:
+    decoder = make_decoder(cross).train()
+    enc_out = torch.randn(2, frames, 16, requires_grad=True)
+    lens = torch.tensor([frames, max(1, frames - 2)])
+    tokens, token_lens = torch.randint(VOCAB, (2, length)), torch.tensor([length, 1])
+    logits = decoder(tokens, token_lens, enc_out, lens, ctc_log_probs=ctc_of(enc_out.detach()))
+    logits.square().sum().backward()
+    gradients = {name: p.grad for name, p in decoder.named_parameters()}
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients.values()), "unused or broken parameters"
+    if cross == "monotonic" and frames == 9 and length == 6:
+        assert bool((gradients["cross_penalty.axis.bias"] != 0).all())
+        assert bool((gradients["cross_penalty.penalty.strength.learned"] != 0).all())
+
+
+def test_without_a_cross_penalty_nothing_is_computed_for_it() -> None:
+    decoder = make_decoder()
+    assert decoder.cross_penalty is None and not decoder.needs_ctc
+    assert not any("cross_penalty" in name for name in decoder.state_dict())
+    with biases_of(decoder) as calls:
+        state = decoder.start(torch.randn(2, 9, 16), torch.tensor([9, 5]), beam=1)
+        _, after = decoder.step(torch.tensor([10, 10]), state)
+    assert state.axis is None and after.axis is None and all(bias is state.cross_bias for _, _, bias in calls)
+
+
+def test_an_axis_that_needs_ctc_says_so_when_it_is_not_given() -> None:
+    enc_out, lens = torch.randn(1, 4, 16), torch.tensor([4])
+    for cross in CROSS:
+        decoder = make_decoder(cross)
+        assert decoder.needs_ctc == (cross in ("uniform", "ctc_count", "ctc_prefix"))
+        if decoder.needs_ctc:
+            with pytest.raises(ValueError, match=f"{cross} needs ctc_log_probs"):
+                decoder.start(enc_out, lens, beam=1)
