@@ -22,13 +22,17 @@ class Monitor:
         exp: the experiment directory.
         epochs: how many the run will have.
         enabled: False on all ranks but the first: nothing is written or shown.
+        unit: what the rate counts.
         stream: where lines go; a live line is drawn only when it is a terminal.
     """
 
-    def __init__(self, *, exp: Path, epochs: int, enabled: bool = True, stream: TextIO = sys.stdout) -> None:
+    def __init__(
+        self, *, exp: Path, epochs: int, enabled: bool = True, unit: str = "frames", stream: TextIO = sys.stdout
+    ) -> None:
         self.exp = exp
         self.epochs = epochs
         self.enabled = enabled
+        self.unit = unit
         self.stream = stream
         self.live = enabled and stream.isatty()
         self.log = open(exp / "train.log", "a", encoding="utf-8") if enabled else None  # noqa: SIM115  # closed in close()
@@ -38,7 +42,7 @@ class Monitor:
 
             self.board = SummaryWriter(str(exp / "tensorboard"))
         self._clock = time.monotonic()
-        self._frames = 0
+        self._done = 0
         self._first = 0
 
     def say(self, message: str) -> None:
@@ -53,21 +57,20 @@ class Monitor:
 
     def start_epoch(self, index: int) -> None:
         """Restarts the rate, so that evaluation does not count as training time; `index` steps of the epoch are done already."""
-        self._clock, self._frames, self._first = time.monotonic(), 0, index
+        self._clock, self._done, self._first = time.monotonic(), 0, index
 
     def step(
-        self, *, epoch: int, index: int, count: int, frames: int, step: int, lr: float, averages: Mapping[str, float]
+        self, *, epoch: int, index: int, count: int, amount: int, step: int, lr: float, averages: Mapping[str, float]
     ) -> None:
-        """One optimiser step: `index` of `count` in this epoch, over `frames` feature frames."""
+        """One optimiser step: `index` of `count` in this epoch, over `amount` of what the rate counts."""
         if not self.enabled or self.log is None:
             return
-        self._frames += frames
+        self._done += amount
         elapsed = max(time.monotonic() - self._clock, 1e-9)
-        rate = self._frames / elapsed
+        rate = self._done / elapsed
         remaining = (self.epochs - epoch + 1 - index / count) * elapsed * count / (index - self._first)
         line = (
-            f"epoch {epoch}/{self.epochs} {index:>4}/{count} loss {averages['loss']:.3f} (ctc {averages['ctc']:.3f} "
-            f"att {averages['att']:.3f}) acc {100 * averages['acc']:.1f}% lr {lr:.2e} {rate:,.0f} frames/s "
+            f"epoch {epoch}/{self.epochs} {index:>4}/{count} {described(averages)} lr {lr:.2e} {rate:,.0f} {self.unit}/s "
             f"ETA {clock(remaining)}"
         )
         if self.live:
@@ -79,7 +82,7 @@ class Monitor:
             self.log.flush()
             self.board.add_scalar("step/loss", averages["loss"], step)
             self.board.add_scalar("step/lr", lr, step)
-            self.board.add_scalar("step/frames_per_second", rate, step)
+            self.board.add_scalar(f"step/{self.unit}_per_second", rate, step)
 
     def epoch(self, entry: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """The line of a finished epoch; metrics.jsonl is written whole from the history, so it never holds an epoch twice."""
@@ -88,9 +91,8 @@ class Monitor:
         train, dev = entry["train"], entry["dev"]
         left = (self.epochs - entry["epoch"]) * sum(e["seconds"] for e in history[-5:]) / len(history[-5:])
         self.say(
-            f"epoch {entry['epoch']}/{self.epochs} train loss {train['loss']:.3f} acc {100 * train['acc']:.2f}% | "
-            f"dev loss {dev['loss']:.3f} (ctc {dev['ctc']:.3f} att {dev['att']:.3f}) acc {100 * dev['acc']:.2f}% | "
-            f"lr {entry['lr']:.2e} {entry['frames_per_second']:,.0f} frames/s {entry['seconds']:.0f} s, left {clock(left)}"
+            f"epoch {entry['epoch']}/{self.epochs} train {described(train)} | dev {described(dev)} | lr {entry['lr']:.2e} "
+            f"{entry[f'{self.unit}_per_second']:,.0f} {self.unit}/s {entry['seconds']:.0f} s, left {clock(left)}"
         )
         self.write_metrics(history)
         for part in ("train", "dev"):
@@ -108,6 +110,14 @@ class Monitor:
             self.log.close()
         if self.board is not None:
             self.board.close()
+
+
+def described(averages: Mapping[str, float]) -> str:
+    """The averages of a training in a few words: of a recogniser, or of a language model, which has a perplexity."""
+    if "ppl" in averages:
+        return f"loss {averages['loss']:.3f} ppl {averages['ppl']:.2f} acc {100 * averages['acc']:.2f}%"
+    parts = f"(ctc {averages['ctc']:.3f} att {averages['att']:.3f})"
+    return f"loss {averages['loss']:.3f} {parts} acc {100 * averages['acc']:.2f}%"
 
 
 def clock(seconds: float) -> str:

@@ -1,0 +1,107 @@
+"""Language models over the recipe's tokens: n-gram (stage 3) and Transformer (stage 4).
+
+speechtx lm ngram --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/train exp/lm/train/ngram
+speechtx lm train --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/train exp/lm/train/transformer
+speechtx lm perplexity exp/lm/train/ngram data/test
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from speechtx.config.lm import LmConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Defines one sub-command an operation."""
+    commands = parser.add_subparsers(title="operations", metavar="OPERATION", required=True)
+
+    def command(name: str, summary: str, operation: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False)
+        sub.set_defaults(operation=operation)
+        return sub
+
+    ngram = command("ngram", "estimate an n-gram (modified Kneser-Ney) and write it as an ARPA file", _ngram)
+    train = command("train", "train a Transformer, or continue where it was stopped", _train)
+    for sub in (ngram, train):
+        sub.add_argument("--config", type=Path, required=True, metavar="FILE", help="conf/lm.yaml")
+        sub.add_argument(
+            "--set",
+            dest="overrides",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override one value; may be repeated",
+        )
+        sub.add_argument(
+            "--train",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="data directory; its text is taken unless the YAML names texts",
+        )
+        sub.add_argument("--dev", type=Path, required=True, metavar="DIR", help="data directory whose perplexity is reported")
+        sub.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="tokenizer of stage 3")
+        sub.add_argument("out", type=Path, metavar="OUT", help="the model's directory")
+    train.add_argument("--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU (default: 0)")
+    measure = command("perplexity", "print the perplexity of texts, per token and per word", _perplexity)
+    measure.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed for a bare ARPA file; else the model's own")
+    measure.add_argument("lm", type=Path, metavar="LM", help="a language model's directory, or an ARPA file")
+    measure.add_argument(
+        "texts", type=Path, metavar="TEXT", nargs="+", help="data directory, or a file with one sentence a line and no ids"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the chosen operation."""
+    operation: Callable[[argparse.Namespace], int] = args.operation
+    return operation(args)
+
+
+def _config(args: argparse.Namespace) -> LmConfig:
+    from speechtx.config.lm import LmConfig
+    from speechtx.config.load import load_config
+
+    return load_config(args.config, LmConfig, args.overrides)
+
+
+def _ngram(args: argparse.Namespace) -> int:
+    from speechtx.config.errors import ConfigError
+    from speechtx.training.ngram import make_ngram
+
+    config = _config(args).ngram
+    if config is None:
+        raise ConfigError(f"{args.config}: no section ngram; write for example `ngram: {{order: 3}}`")
+    make_ngram(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from speechtx.config.errors import ConfigError
+    from speechtx.training.lm_train import train_language_model
+
+    config = _config(args).transformer
+    if config is None:
+        raise ConfigError(f"{args.config}: no section transformer; write for example `transformer: {{layers: 2}}`")
+    train_language_model(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out, ngpu=args.ngpu)
+    return 0
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from speechtx.config.errors import ConfigError
+    from speechtx.experiment.language_model import load_language_model
+    from speechtx.text.tokenizer import Tokenizer
+    from speechtx.training.lm_text import read_text
+    from speechtx.training.perplexity import perplexity
+
+    if args.tokenizer is None and not (args.lm / "tokenizer").is_dir():
+        raise ConfigError(f"{args.lm} holds no tokenizer; give --tokenizer, or the directory that `speechtx lm` made")
+    tokenizer = Tokenizer.load(args.tokenizer or args.lm / "tokenizer")
+    model = load_language_model(args.lm, tokens=tokenizer.pieces)
+    for text in args.texts:
+        print(perplexity(model, read_text((text,), tokenizer)))
+    return 0
