@@ -70,18 +70,24 @@ class _Sums:
     most: dict[int, float] = field(default_factory=lambda: dict.fromkeys(WINDOWS, 0.0))
 
     def add(self, maps: LayerMaps) -> None:
-        weights = maps.trained.double()
+        weights = shares(maps.trained)
         length = weights.shape[-1]
         self.queries += length
         self.logit_bound = max(self.logit_bound, maps.max_logit)
         self.diagonality += float(diagonality(weights).mean()) * length
         if maps.without is not None:
-            self.diagonality_without += float(diagonality(maps.without.double()).mean()) * length
+            self.diagonality_without += float(diagonality(shares(maps.without)).mean()) * length
         self.distance += float(mean_distance(weights).mean()) * length
         for window in WINDOWS:
             beyond = mass_outside(weights, window)
             self.outside[window] += float(beyond.mean()) * length
             self.most[window] = max(self.most[window], float(beyond.max()))
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Weights (..., S) as float64 shares that sum to 1: relu weights do not by themselves. A row of zeros stays: nothing is far."""
+    weights = weights.double()
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def mass_outside(weights: Tensor, window: int) -> Tensor:
@@ -106,11 +112,15 @@ def measure(encoder: Encoder, utterances: Iterable[Tensor], layers: Sequence[int
     for feats in utterances:
         for maps in encoder_maps(encoder, feats, layers):
             sums.setdefault(maps.layer, _Sums()).add(maps)
-    return [_locality(encoder.attention_penalty, layer, total) for layer, total in sums.items()]
+    return [_locality(encoder, layer, total) for layer, total in sums.items()]
 
 
-def _locality(site: AttentionPenalty, layer: int, total: _Sums) -> LayerLocality:
-    certified, why = certified_window(site, layer, total.logit_bound)
+def _locality(encoder: Encoder, layer: int, total: _Sums) -> LayerLocality:
+    site = encoder.attention_penalty
+    if encoder.config.attention_weights == "softmax":
+        certified, why = certified_window(site, layer, total.logit_bound)
+    else:
+        certified, why = None, "attention_weights: relu share nothing out, the bound is softmax's"
     return LayerLocality(
         layer=layer,
         logit_bound=total.logit_bound,

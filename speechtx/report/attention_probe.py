@@ -29,9 +29,9 @@ class LayerMaps:
 
     Attributes:
         layer: counted from 0.
-        trained: as the model computes them.
+        trained: as the model computes them. Rows sum to 1, except with `attention_weights: relu`.
         without: of the same queries and keys, the penalty taken away in this layer only; None if the layer pays none.
-        max_logit: the greatest |q.k| / sqrt(d_k) of the utterance, which is what a window's certificate calls B.
+        max_logit: the greatest |q.k| / sqrt(d_k) of the utterance (with the logits of relative positions), a certificate's B.
         penalty: (1 or H, 2S - 1) P by offset -(S - 1) .. S - 1, of self-attention that pays; else None.
     """
 
@@ -68,7 +68,7 @@ def encoder_maps(encoder: Encoder, feats: Tensor, layers: Sequence[int] | None =
                 layer,
                 module.weights(x, bias=bias)[0].cpu(),
                 module.weights(x)[0].cpu() if pays else None,
-                max_logit(*module.project(x)[:2]),
+                _max_own_logit(module, x),
                 penalty_by_offset(site, layer, x.shape[1]) if pays else None,
             )
         )
@@ -112,9 +112,15 @@ def cross_maps(model: Recognizer, feats: Tensor, tokens: Sequence[int], layers: 
     return maps
 
 
-def max_logit(q: Tensor, k: Tensor) -> float:
-    """The greatest |q.k| / sqrt(d_k) of q (1, H, U, d) and k (1, H, S, d)."""
-    return float((q.float() @ k.float().transpose(-2, -1)).abs().max()) * q.shape[-1] ** -0.5
+def max_logit(q: Tensor, k: Tensor, extra: Tensor | float = 0.0) -> float:
+    """The greatest |q.k / sqrt(d_k) + extra| of q (1, H, U, d) and k (1, H, S, d)."""
+    return float((q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5 + extra).abs().max())
+
+
+def _max_own_logit(module: SelfAttention, x: Tensor) -> float:
+    """Of self-attention: of all that is no penalty, the logits of relative positions included."""
+    q, k, _, positions = module.terms(x, None)
+    return max_logit(q, k, 0.0 if positions is None else cast(Tensor, positions))
 
 
 def penalty_by_offset(site: AttentionPenalty, layer: int, length: int) -> Tensor:

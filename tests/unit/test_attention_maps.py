@@ -14,7 +14,7 @@ from speechtx.attention.penalty import alibi_slopes
 from speechtx.bin.main import main
 from speechtx.config.errors import ExperimentError
 from speechtx.config.load import dump_config
-from speechtx.config.penalty import PenaltyConfig, RampConfig
+from speechtx.config.penalty import AttentionPenaltyConfig, CrossPenaltyConfig, PenaltyConfig, RampConfig
 from speechtx.config.schema import DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig
 from speechtx.experiment.experiment import Experiment
 from speechtx.model.encoder import Encoder
@@ -88,6 +88,33 @@ def test_the_greatest_logit_is_that_of_queries_and_keys_without_the_penalty() ->
     assert encoder_maps(encoder, feats, [0])[0].max_logit == pytest.approx(4.0 * free.max_logit, rel=1e-4)
 
 
+@pytest.mark.parametrize("position", ["rotary", "relative"])
+def test_positions_inside_the_attention_count_as_content(position: str) -> None:
+    config = ENCODER.model_copy(update={"position": position})
+    torch.manual_seed(0)
+    encoder = Encoder(config=config, penalty=PenaltyConfig(shape="log"), num_mel_bins=20).eval()
+    (layer,) = encoder_maps(encoder, torch.randn(80, 20), [0])
+    assert layer.without is not None
+    logits = layer.without.log()
+    assert 0.5 * (logits.amax(-1) - logits.amin(-1)).max().item() <= layer.max_logit + 1e-5
+    paid = layer.without / (1 + distances(19))
+    torch.testing.assert_close(layer.trained, paid / paid.sum(-1, keepdim=True))
+
+
+def test_relu_weights_are_measured_as_shares_and_certify_nothing() -> None:
+    config = ENCODER.model_copy(update={"attention_weights": "relu"})
+    torch.manual_seed(0)
+    encoder = Encoder(config=config, penalty=PenaltyConfig(shape="linear", scale=0.01), num_mel_bins=20).eval()
+    feats = torch.randn(400, 20)
+    (row,), (layer,) = measure(encoder, [feats], [0]), encoder_maps(encoder, feats, [0])
+    assert row.certified is None and "relu" in row.why
+    sums = layer.trained.sum(-1)
+    assert sums.max() < 0.5
+    assert row.outside[16].mean == pytest.approx(
+        (mass_outside(layer.trained, 16) / sums.clamp(min=1e-30)).mean().item(), rel=1e-4
+    )
+
+
 def test_looking_at_a_model_leaves_no_hook_and_changes_nothing() -> None:
     encoder = make_encoder(PenaltyConfig(shape="log"))
     feats, lens = torch.randn(1, 80, 20), torch.tensor([80])
@@ -122,10 +149,15 @@ def test_the_prior_shows_which_side_is_cheaper_and_milliseconds_as_frames() -> N
 # ---------------------------------------------------------------------------------------------------- cross-attention
 
 
-def make_recognizer(layers: int = 2) -> Recognizer:
+def make_recognizer(layers: int = 2, penalty: AttentionPenaltyConfig | None = None) -> Recognizer:
     torch.manual_seed(0)
     weight = 0.3 if layers else 1.0
-    config = ModelConfig(encoder=ENCODER, decoder=DecoderConfig(layers=layers, heads=2, ff_dim=32), ctc_weight=weight)
+    config = ModelConfig(
+        encoder=ENCODER,
+        decoder=DecoderConfig(layers=layers, heads=2, ff_dim=32),
+        ctc_weight=weight,
+        attention_penalty=penalty or AttentionPenaltyConfig(),
+    )
     return Recognizer(config=config, num_mel_bins=20, vocab_size=7).eval()
 
 
@@ -143,6 +175,17 @@ def test_a_query_of_cross_attention_does_not_depend_on_later_tokens() -> None:
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one.trained[:, :3], other.trained[:, :3])
         assert not torch.allclose(one.trained[:, 3], other.trained[:, 3])
+
+
+def test_a_cross_penalty_shows_in_the_trained_map_and_not_in_the_other() -> None:
+    penalty = AttentionPenaltyConfig(
+        cross=CrossPenaltyConfig(shape="window", window=3, axis="rate", rate=4.0, heads="all", layers=[1])
+    )
+    first, second = cross_maps(make_recognizer(penalty=penalty), torch.randn(80, 20), [1, 2, 3])
+    assert first.without is None and second.without is not None
+    centre = (4.0 * (torch.arange(4) + 0.5) - 0.5)[:, None]
+    far = (torch.arange(19)[None, :] - centre).abs() > 3
+    assert (second.trained[:, far] == 0).all() and (second.without[:, far] > 0).all()
 
 
 def test_a_model_without_decoder_has_no_cross_attention_to_show() -> None:
