@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechtx.config.errors import ConfigError
+from speechtx.config.penalty import AttentionPenaltyConfig, CrossPenaltyConfig
 from speechtx.config.schema import DecodeConfig, DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import beam_search
@@ -21,21 +22,35 @@ from speechtx.search.reference import ctc_log_prob, reference_search
 MELS, VOCAB = 16, 9
 
 
-def tiny_model(seed: int = 0, *, vocab: int = VOCAB) -> Recognizer:
+CROSS = {
+    "uniform": CrossPenaltyConfig(shape="gaussian", sigma=0.15, axis="uniform"),
+    "rate": CrossPenaltyConfig(shape="linear", scale=0.5, axis="rate", rate=1.5),
+    "ctc_count": CrossPenaltyConfig(shape="gaussian", sigma=1.0, heads="all"),
+    "ctc_prefix": CrossPenaltyConfig(shape="gaussian", sigma=1.0, axis="ctc_prefix"),
+    "monotonic": CrossPenaltyConfig(shape="gaussian", sigma=1.0, axis="monotonic", rate=1.2),
+    "lower_layer": CrossPenaltyConfig(shape="gaussian", sigma=1.0, axis="lower_layer"),
+}
+
+
+def tiny_model(seed: int = 0, *, vocab: int = VOCAB, cross: str | None = None) -> Recognizer:
     torch.manual_seed(seed)
     config = ModelConfig(
         encoder=EncoderConfig(layers=1, dim=16, heads=2, ff_dim=32, subsampling=SubsamplingConfig(channels=4)),
         decoder=DecoderConfig(layers=2, heads=2, ff_dim=32),
+        attention_penalty=AttentionPenaltyConfig(cross=CROSS[cross] if cross else CrossPenaltyConfig()),
     )
     return Recognizer(config=config, num_mel_bins=MELS, vocab_size=vocab).eval()
 
 
-def sharp_model(seed: int) -> Recognizer:
+def sharp_model(seed: int, cross: str | None = None) -> Recognizer:
     """Random, but with outputs as decided as a trained model's, so that searches differ in more than noise."""
-    model = tiny_model(seed)
+    model = tiny_model(seed, cross=cross)
     with torch.no_grad():
         model.ctc.weight.mul_(4)
         assert model.decoder is not None
+        for name, parameter in model.decoder.named_parameters():
+            if "axis.weight" in name:  # monotonic steps that depend on what was said
+                parameter.normal_()
         model.decoder.output.weight.mul_(3)
     return model
 
@@ -92,6 +107,43 @@ def test_batched_search_equals_the_plain_one(seed, ctc_weight, length_bonus):
     fast = beam_search(model, enc_out, enc_lens, config)
     for row, length in enumerate(enc_lens.tolist()):
         assert_same(fast[row], reference_search(model, enc_out[row, :length], config))
+
+
+@pytest.mark.parametrize("cross", CROSS)
+@pytest.mark.parametrize("ctc_weight", [0.0, 0.3])
+def test_with_a_cross_penalty_batched_search_equals_the_plain_one_and_each_utterance_alone(cross, ctc_weight):
+    model = sharp_model(2, cross)
+    enc_out, enc_lens = encode(model, [40, 23, 9, 31])  # one leaves the batch early, the shortest has one frame
+    assert int(enc_lens.min()) == 1
+    config = DecodeConfig(beam=4, nbest=3, ctc_weight=ctc_weight, length_bonus=0.3, max_len_ratio=0.9)
+    fast = beam_search(model, enc_out, enc_lens, config)
+    for row, length in enumerate(enc_lens.tolist()):
+        assert_same(fast[row], reference_search(model, enc_out[row, :length], config))
+        (alone,) = beam_search(model, enc_out[row : row + 1, :length], enc_lens[row : row + 1], config)
+        assert_same(fast[row], alone)
+    model.decoder.cross_penalty = None
+    free = beam_search(model, enc_out, enc_lens, config)
+    assert any(abs(a[0].score - b[0].score) > 1e-3 for a, b in zip(fast, free, strict=True)), "the penalty must matter here"
+
+
+@pytest.mark.parametrize(
+    ("cross", "ctc_weight", "calls"),
+    [
+        (None, 0.0, 0),
+        ("monotonic", 0.0, 0),
+        ("rate", 0.0, 0),
+        ("ctc_count", 0.0, 1),
+        ("ctc_count", 0.3, 1),
+        ("ctc_prefix", 0.3, 1),
+    ],
+)
+def test_the_ctc_output_is_computed_once_and_only_when_scores_or_the_axis_need_it(cross, ctc_weight, calls):
+    model = tiny_model(cross=cross)
+    enc_out, enc_lens = encode(model, [40, 23])
+    counted = []
+    model.ctc.register_forward_hook(lambda *_: counted.append(1))
+    beam_search(model, enc_out, enc_lens, DecodeConfig(beam=3, nbest=1, ctc_weight=ctc_weight))
+    assert len(counted) == calls
 
 
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.3, 1.0])

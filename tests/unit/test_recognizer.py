@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speechtx.config.penalty import AttentionPenaltyConfig, PenaltyConfig
+from speechtx.config.penalty import AttentionPenaltyConfig, CrossPenaltyConfig, PenaltyConfig
 from speechtx.config.schema import (
     DecoderConfig,
     EncoderConfig,
@@ -140,3 +140,46 @@ def test_ctc_probabilities_are_float32_and_sum_to_one() -> None:
     log_probs = model.ctc_log_probs(model.encode(feats.bfloat16(), lens)[0])
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(4, 19), atol=1e-5, rtol=0)
+
+
+AXES = ["uniform", "rate", "ctc_count", "ctc_prefix", "monotonic", "lower_layer"]
+
+
+def with_cross(axis: str, **options: object) -> ModelConfig:
+    cross = CrossPenaltyConfig(shape="gaussian", sigma=0.3 if axis == "uniform" else 2.0, axis=axis, rate=4.0, **options)
+    return make_config(decoder_layers=2).model_copy(update={"attention_penalty": AttentionPenaltyConfig(cross=cross)})
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_axis_trains_in_full_and_in_mixed_precision_and_asks_the_ctc_output_once(axis: str, dtype: torch.dtype) -> None:
+    model, calls = make_model(with_cross(axis)), []
+    model.ctc.register_forward_hook(lambda *_: calls.append(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = model(*make_batch())
+    losses.total.backward()
+    assert len(calls) == 1
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    again = make_model(with_cross(axis)).load_state_dict(model.state_dict())
+    assert not again.missing_keys and not again.unexpected_keys
+
+
+@pytest.mark.parametrize("axis", ["ctc_count", "monotonic"])
+def test_a_model_with_a_cross_penalty_learns_four_utterances_by_heart(axis: str) -> None:
+    model, batch = make_model(with_cross(axis, heads="all")), make_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        losses = model(*batch)
+        optimizer.zero_grad()
+        (losses.total / losses.num_tokens).backward()
+        optimizer.step()
+    losses = model.eval()(*batch)
+    assert losses.num_correct == losses.num_tokens
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_the_attention_loss_sends_no_gradient_into_the_ctc_output(axis: str) -> None:
+    """An axis is read off CTC, it does not teach it: else attention would bend the alignment to its liking."""
+    model = make_model(with_cross(axis).model_copy(update={"ctc_weight": 0.0}))
+    model(*make_batch()).total.backward()
+    assert float(model.ctc.weight.grad.abs().max()) == 0.0
