@@ -85,7 +85,7 @@ class _Sums:
 
 
 def shares(weights: Tensor) -> Tensor:
-    """Weights (..., S) as float64 shares that sum to 1, which relu weights do not; a row of zeros stays, as if nothing were far."""
+    """Weights (..., S) as float64 shares that sum to 1, which relu weights do not; a row of zeros stays: nothing far."""
     weights = weights.double()
     return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
