@@ -9,9 +9,13 @@
 #   fi
 #   end_recipe                            # shows the scores and where they lie
 #
-# start_recipe sets: exp, tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
+# `begin_stage 3:ngram` is a step of stage 3 with a stamp of its own: it makes the language model that the section `ngram` of
+# $lm_config describes, and is not there without it. The other is `4:transformer`.
+#
+# start_recipe sets: exp, lm (where language models are made), tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
 # arguments), check_options, decode_nj. Further arguments of begin_stage go to `speechtx stamp begin` (more inputs: --in FILE,
-# --value NAME=VALUE). It sets stage_state to first, changed, extended, interrupted or missing.
+# --value NAME=VALUE). It sets stage_state to first, changed, extended, interrupted or missing, and
+# stage_changed to whether it is `changed`: what an earlier run made is then of no use.
 # shellcheck disable=SC2154,SC2034  # variables of run.sh, read here, and ours, read there
 
 stage_names=(check data fbank bpe train average decode score)
@@ -61,6 +65,8 @@ start_recipe() {
   [[ -n $exp ]] || exp=$(experiment_name)
   exp=${exp%/}
   tokenizer=data/tokenizer/$(basename "$exp")
+  lm=exp/lm/$(basename "$exp")
+  [[ -f $lm_config || $lm_config == conf/lm.yaml ]] || recipe_error "--lm-config $lm_config: no such file"
   corpus_sets=("$train_set" "$dev_set" "${test_sets[@]}")
   [[ -z $speeds ]] || train_set+=_sp
   all_sets=("$train_set" "$dev_set" "${test_sets[@]}")
@@ -69,6 +75,7 @@ start_recipe() {
   for override in "${set[@]}"; do overrides+=(--set "$override"); done
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --decode-config "$decode_config"
     --exp "$exp" --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu")
+  [[ ! -f $lm_config ]] || check_options+=(--lm-config "$lm_config")
   # What RESULTS.md shows as the command that reproduces it.
   SPEECHTX_RECIPE_COMMAND="cd ${PWD#"$SPEECHTX_ROOT"/} && ./run.sh"
   ((${#_po_arguments[@]} == 0)) || SPEECHTX_RECIPE_COMMAND+=$(printf ' %q' "${_po_arguments[@]}")
@@ -79,11 +86,11 @@ start_recipe() {
 # Prints the directory of one set's hypotheses.
 decode_dir() { echo "$exp/decode_$1_$(basename "$decode_config" .yaml)"; }
 
-# Fills stage_inputs with what stage $1 depends on, in the words of `speechtx stamp`.
+# Fills stage_inputs with what the stage or step $1 depends on, in the words of `speechtx stamp`.
 list_inputs() {
-  local name file
+  local name file texts
   stage_inputs=()
-  case ${stage_names[$1]} in
+  case $1 in
     data)
       stage_inputs+=(--in local)
       for name in "${corpus_sets[@]}"; do stage_inputs+=(--out "data/$name/wav.scp" --out "data/$name/text"); done
@@ -108,6 +115,15 @@ list_inputs() {
       done
       stage_inputs+=(--out "$exp/config.yaml")
       ;;
+    ngram | transformer)
+      texts=$(speechtx lm texts --config "$lm_config" "$1") || exit
+      [[ -n $texts ]] || texts=data/${corpus_sets[0]}/text # without copies at other speeds: they hold no other words
+      while read -r file; do stage_inputs+=(--in "$file"); done <<<"$texts"
+      stage_inputs+=(--in "data/$dev_set/text" --in "$tokenizer/tokens.txt" --config "$lm_config:$1" --out "$lm/$1/perplexity.json")
+      for name in epochs patience checkpoint_minutes max_nonfinite_steps; do
+        stage_inputs+=(--soft "transformer.$name")
+      done
+      ;;
     average)
       stage_inputs+=(--after "$exp/.stamps/train.json" --out "$exp/model.pt")
       ;;
@@ -125,9 +141,14 @@ list_inputs() {
   esac
 }
 
-# begin_stage NUMBER TITLE [stamp arguments]: is there work to do? Prints the stage's header line either way.
+# begin_stage NUMBER[:STEP] TITLE [stamp arguments]: is there work to do? Prints the stage's header line either way.
 begin_stage() {
-  local number=$1 title=$2 name=${stage_names[$1]} answer
+  local number=${1%%:*} title=$2 name answer
+  name=${stage_names[number]}
+  if [[ $1 == *:* ]]; then
+    name=${1#*:}
+    grep -qs "^$name:" "$lm_config" || return 1
+  fi
   shift 2
   ((first_stage <= number && number <= last_stage)) || return 1
   if [[ $name == check ]]; then # takes seconds, and the machine may have changed: always runs
@@ -137,13 +158,15 @@ begin_stage() {
   stage_running="$number $name"
   case $name in
     data) stage_stamp=data/.stamps/data.json ;;
+    ngram | transformer) stage_stamp=$lm/.stamps/$name.json ;;
     fbank) stage_stamp=data/.stamps/fbank${speeds:+_$speeds}.json ;;
     *) stage_stamp=$exp/.stamps/${name}$([[ $name =~ decode|score ]] && echo "_$(basename "$decode_config" .yaml)").json ;;
   esac
-  list_inputs "$number"
+  list_inputs "$name"
   if $force || [[ $name == train && $restart == true ]]; then stage_inputs+=(--force); fi
   answer=$(speechtx stamp begin --stamp "$stage_stamp" "${stage_inputs[@]}" "$@") || exit
-  stage_state=${answer%% *}
+  stage_state=${answer%% *} stage_changed=false
+  [[ $stage_state != changed ]] || stage_changed=true
   case $stage_state in
     skip)
       stage_running=''

@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fbank-config", type=Path, required=True, metavar="FILE")
     parser.add_argument("--decode-config", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--lm-config", type=Path, metavar="FILE", help="conf/lm.yaml")
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where data directories are made (default: data)"
     )
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         findings += list(check_shapes(configs.train, configs.fbank, configs.decode))
         if args.train_text and args.train_text.is_file():
             findings.append(check_tokenizer(configs.train, args.train_text))
+    if args.lm_config:
+        findings += list(check_language_models(args.lm_config, args.data, configs.train))
     findings.append(check_sclite())
     findings += list(check_paths(args.data, args.exp, args.archive))
     epochs_kept = configs.train.training.average.num if configs.train else 10
@@ -197,6 +200,34 @@ def check_tokenizer(train: TrainConfig, text: Path) -> Finding:
         advice = f"set tokenizer.vocab_size to {needed} or more, or lower tokenizer.character_coverage"
         return Finding("tokenizer", f"vocab_size {size} is below the {needed} symbols of {text}", advice)
     return Finding("tokenizer", f"{train.tokenizer.type}, {len(characters)} characters in {text}")
+
+
+def check_language_models(path: Path, data: Path, train: TrainConfig | None) -> Iterator[Finding]:
+    """The configuration of language models, their shapes, and whether the texts they name are there."""
+    import torch
+
+    from speechtx.config.lm import LmConfig
+    from speechtx.config.load import load_config
+    from speechtx.model.language_model import TransformerLM
+
+    try:
+        config = load_config(path, LmConfig)
+    except SpeechtxError as err:
+        yield Finding("config", str(err), f"correct {path}")
+        return
+    yield Finding("config", str(path))
+    for section in (config.ngram, config.transformer):
+        for text in section.text if section else ():
+            if not Path(text).exists() and data not in Path(text).parents:  # stage 1 may make what lies in data
+                yield Finding("language model", f"{path}: text {text}: no such file or data directory", "correct its path")
+    shapes = [f"{config.ngram.order}-gram"] if config.ngram else []
+    if config.transformer:
+        with torch.device("meta"):
+            model = TransformerLM(config=config.transformer, vocab_size=train.tokenizer.vocab_size + 2 if train else 102)
+        number = sum(parameter.numel() for parameter in model.parameters())
+        shapes.append(f"Transformer of {config.transformer.layers} layers, about {number:,} parameters")
+    if shapes:
+        yield Finding("language model", " and a ".join(shapes))
 
 
 def check_sclite() -> Finding:

@@ -1,14 +1,15 @@
 """Language models over the recipe's tokens: n-gram (stage 3) and Transformer (stage 4).
 
-speechtx lm ngram --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/train exp/lm/train/ngram
-speechtx lm train --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/train exp/lm/train/transformer
-speechtx lm perplexity exp/lm/train/ngram data/test
+examples:
+  speechtx lm ngram --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/a exp/lm/a/ngram
+  speechtx lm train --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/a exp/lm/a/transformer
+  speechtx lm perplexity exp/lm/a/ngram data/test
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="tokenizer of stage 3")
         sub.add_argument("out", type=Path, metavar="OUT", help="the model's directory")
     train.add_argument("--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU (default: 0)")
+    texts = command("texts", "print the texts that a section names, one a line (recipes' plumbing)", _texts)
+    texts.add_argument("--config", type=Path, required=True, metavar="FILE", help="conf/lm.yaml")
+    texts.add_argument("section", choices=("ngram", "transformer"))
     measure = command("perplexity", "print the perplexity of texts, per token and per word", _perplexity)
     measure.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed for a bare ARPA file; else the model's own")
     measure.add_argument("lm", type=Path, metavar="LM", help="a language model's directory, or an ARPA file")
@@ -62,18 +66,18 @@ def run(args: argparse.Namespace) -> int:
     return operation(args)
 
 
-def _config(args: argparse.Namespace) -> LmConfig:
+def _config(path: Path, overrides: Sequence[str] = ()) -> LmConfig:
     from speechtx.config.lm import LmConfig
     from speechtx.config.load import load_config
 
-    return load_config(args.config, LmConfig, args.overrides)
+    return load_config(path, LmConfig, overrides)
 
 
 def _ngram(args: argparse.Namespace) -> int:
     from speechtx.config.errors import ConfigError
     from speechtx.training.ngram import make_ngram
 
-    config = _config(args).ngram
+    config = _config(args.config, args.overrides).ngram
     if config is None:
         raise ConfigError(f"{args.config}: no section ngram; write for example `ngram: {{order: 3}}`")
     make_ngram(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out)
@@ -84,10 +88,17 @@ def _train(args: argparse.Namespace) -> int:
     from speechtx.config.errors import ConfigError
     from speechtx.training.lm_train import train_language_model
 
-    config = _config(args).transformer
+    config = _config(args.config, args.overrides).transformer
     if config is None:
         raise ConfigError(f"{args.config}: no section transformer; write for example `transformer: {{layers: 2}}`")
     train_language_model(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out, ngpu=args.ngpu)
+    return 0
+
+
+def _texts(args: argparse.Namespace) -> int:
+    config = getattr(_config(args.config), args.section)
+    for text in config.text if config is not None else ():
+        print(Path(text, "text") if Path(text).is_dir() else text)
     return 0
 
 

@@ -70,8 +70,8 @@ def require_same_tokens(path: Path, tokens: Sequence[str]) -> None:
         return
     first = next((i for i, (a, b) in enumerate(zip(own, tokens, strict=False)) if a != b), min(len(own), len(tokens)))
     raise ExperimentError(
-        f"{path}: a language model over {len(own)} tokens, but it is to score a model's {len(tokens)}; they differ from token {first} "
-        f"on ({_shown(own, first)} and {_shown(tokens, first)}): train it with the tokenizer of that model"
+        f"{path}: a language model over {len(own)} tokens, but it is to score a model's {len(tokens)}; they differ from "
+        f"token {first} on ({_shown(own, first)} and {_shown(tokens, first)}): train it with the tokenizer of that model"
     )
 
 

@@ -1,8 +1,9 @@
 """An n-gram model as tensors: the next token's distribution over the whole vocabulary, for all hypotheses at once.
 
 Every n-gram below the highest order is a node of a tree, the empty one its root; a node's arcs are the n-grams that
-extend it by one token. A context h is stored as its longest suffix that is a node, which is all the model can see of it, because an
-n-gram's context is an n-gram too. With h_0 that suffix, h_1 the longest suffix of it that is a node, ... down to the root,
+extend it by one token. A context h is stored as its longest suffix that is a node, which is all the model can see of it,
+because an n-gram's context is an n-gram too. With h_0 that suffix, h_1 the longest suffix of it that is a node, ... down
+to the root,
 
     log P(w | h) = log p(h_k w) + sum over j < k of backoff(h_j)      for the first k for which h_k w is in the model,
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,8 +91,8 @@ class _Reader:
         self.index: dict[str, int] = {}  # unigram -> word number
         self.lines = self._lines()
 
-    def fail(self, problem: str, *, number: int | None = None) -> DataError:
-        return DataError(f"{self.path}:{self.number if number is None else number}: {problem}")
+    def fail(self, problem: str) -> DataError:
+        return DataError(f"{self.path}:{self.number}: {problem}")
 
     def read(self) -> Arpa:
         sizes = self._header()
@@ -179,8 +179,8 @@ class _Reader:
                     f"{' '.join(fields[1 : n + 1])!r} lacks its context {' '.join(fields[1:n])!r} among the {n - 1}-grams"
                 )
             seen[words] = self.number
-            probs.append(self._logarithm(fields[0], "log-probability", lambda x: x <= 0.0))
-            backoffs.append(self._logarithm(fields[n + 1], "back-off weight", lambda x: True) if len(fields) == n + 2 else 0.0)
+            probs.append(self._log_prob(fields[0]))
+            backoffs.append(self._log_backoff(fields[n + 1]) if len(fields) == n + 2 else 0.0)
         if len(seen) != size:
             raise self.fail(f"the section of {n}-grams ends after {len(seen)} of them, but the header counts {size}")
         return seen, probs, backoffs, line
@@ -198,18 +198,23 @@ class _Reader:
                 raise self.fail(f"{word} inside the n-gram {' '.join(words)!r}")
         return tuple(self.index[word] for word in words)
 
-    def _logarithm(self, text: str, what: str, valid: Callable[[float], bool]) -> float:
+    def _log_prob(self, text: str) -> float:
+        value = self._number(text, "log-probability")
+        if not value <= 0.0:
+            raise self.fail(f"log-probability {text} is not the logarithm of a probability")
+        return max(value, NEVER)  # -inf, as some tools write it
+
+    def _log_backoff(self, text: str) -> float:
+        value = self._number(text, "back-off weight")
+        if not math.isfinite(value):
+            raise self.fail(f"back-off weight {text} is not finite")
+        return value
+
+    def _number(self, text: str, what: str) -> float:
         try:
-            value = float(text)
+            return float(text)
         except ValueError:
             raise self.fail(f"{what} {text!r} is not a number") from None
-        if value == -math.inf and what == "log-probability":
-            return NEVER
-        if not math.isfinite(value) or not valid(value):
-            raise self.fail(
-                f"{what} {text} is not {'the logarithm of a probability' if valid(-1.0) and not valid(1.0) else 'finite'}"
-            )
-        return value
 
     def _check_unigrams(self) -> None:
         for word in (BOS, EOS):

@@ -92,7 +92,7 @@ def estimate_ngram(sentences: Sequence[Sequence[int]], *, pieces: Sequence[str],
 
 
 def _count(sentences: Sequence[Sequence[int]], *, vocab: int, order: int) -> list[_Order]:
-    """Counts all n-grams. An n-gram is told by the one before its last token and that token, so sorting integers is all it takes."""
+    """Counts all n-grams: each is named by its last token and the n-gram before that, so sorting integers is all it takes."""
     lengths = np.array([len(sentence) + 2 for sentence in sentences])
     tokens = np.concatenate([np.array([0, *sentence, vocab - 1], dtype=np.int64) for sentence in sentences])
     depth = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # position in the sentence

@@ -1,4 +1,4 @@
-"""`lm train`: trains the Transformer language model; its epochs, checkpoints and what a kill cannot change are the recogniser's."""
+"""`lm train`: the Transformer language model's training loop, resumable bit for bit as the recogniser's is."""
 
 from __future__ import annotations
 

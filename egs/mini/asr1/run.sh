@@ -16,6 +16,7 @@
 #   --set KEY=VALUE        overrides one value of the training configuration, as in model.encoder.layers=6; may be repeated
 #   --train-config FILE    default conf/train.yaml
 #   --decode-config FILE   default conf/decode.yaml
+#   --lm-config FILE       language models to make; default conf/lm.yaml, none where it does not exist
 #   --exp DIR              experiment directory (default: exp/ and a name made of the configuration, --set and --seed)
 #   --speeds F,F,...       train on copies of the training set at these speeds, as in 0.9,1.0,1.1
 #
@@ -24,7 +25,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 stage=0 stop_stage=7 force=false restart=false nj=$(env -u OMP_NUM_THREADS nproc) ngpu=0 seed=1 set=() exp='' speeds='' smoke=false
-train_config=conf/train.yaml decode_config=conf/decode.yaml fbank_config=conf/fbank.yaml
+train_config=conf/train.yaml decode_config=conf/decode.yaml lm_config=conf/lm.yaml fbank_config=conf/fbank.yaml
 train_set=train dev_set=dev test_sets=(test)
 note='Synthetic speech, made with eSpeak NG: these scores show that the pipeline works and say nothing about real speech.'
 
@@ -58,10 +59,21 @@ if begin_stage 3 "tokenizer in $tokenizer"; then
   end_stage
 fi
 
+if begin_stage 3:ngram "n-gram language model in $lm/ngram"; then
+  utils/steps/lm.sh --config "$lm_config" ngram "data/${corpus_sets[0]}" "data/$dev_set" "$tokenizer" "$lm/ngram"
+  end_stage
+fi
+
 if begin_stage 4 "training in $exp"; then
   if [[ $stage_state == changed ]]; then restart=true; fi # other data or another model: not to be continued
   utils/steps/train.sh --config "$train_config" "${overrides[@]}" --seed "$seed" --ngpu "$ngpu" --restart=$restart \
     "data/$train_set" "data/$dev_set" "$tokenizer" "$exp"
+  end_stage
+fi
+
+if begin_stage 4:transformer "Transformer language model in $lm/transformer"; then
+  utils/steps/lm.sh --config "$lm_config" --ngpu "$((ngpu > 0))" --restart="$stage_changed" \
+    transformer "data/${corpus_sets[0]}" "data/$dev_set" "$tokenizer" "$lm/transformer"
   end_stage
 fi
 
