@@ -50,6 +50,12 @@ class World:
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view(gradient.shape))  # in place: fused optimisers need the parameter's memory layout
 
+    def share(self, values: Iterable[Tensor]) -> None:
+        """Gives all processes what the first one has, in place."""
+        if self.size > 1:
+            for value in values:
+                dist.broadcast(value, src=0)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

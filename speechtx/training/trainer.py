@@ -174,6 +174,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Loss and teacher-forced token accuracy on the dev set."""
         self.model.eval()
+        self.world.share(self.model.buffers())  # BatchNorm's statistics: all judge the model that the first one saves
         lengths = [u.num_frames for u in self.dev_corpus.utterances]
         batches = make_batches(
             lengths,

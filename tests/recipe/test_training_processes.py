@@ -15,8 +15,12 @@ import pytest
 import torch
 from toy_corpus import TINY, make_training_data
 
+from speechtx.experiment.experiment import Experiment
 from speechtx.training.checkpoint import load_checkpoint
-from speechtx.training.prepare import TrainingData
+from speechtx.training.distributed import World
+from speechtx.training.monitor import Monitor
+from speechtx.training.prepare import TrainingData, build_corpora
+from speechtx.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +83,27 @@ def test_two_processes_compute_what_one_does_with_the_same_global_batch(data: Tr
         losses.append([value for line in lines for part in ("train", "dev") for value in json.loads(line)[part].values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-5)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+
+
+def test_two_processes_with_batch_norm_judge_the_model_that_is_saved(data: TrainingData, tmp_path: Path) -> None:
+    """Each process gathers running statistics of its own batches, but only one model is kept."""
+    exp = tmp_path / "exp"
+    subprocess.run(
+        command(data, exp, "model.encoder.norm=batch", "training.epochs=1", torchrun=2), check=True, capture_output=True
+    )
+    opened = Experiment.open(exp)
+    train, dev, _ = build_corpora(exp, data, opened.config)
+    trainer = Trainer(
+        config=opened.config,
+        model=opened.new_model(),
+        train=train,
+        dev=dev,
+        exp=exp,
+        world=World(rank=0, size=1, device=torch.device("cpu")),
+        monitor=Monitor(exp=exp, epochs=1, enabled=False),
+    )
+    trainer.resume()
+    assert trainer.evaluate() == pytest.approx(trainer.history[0]["dev"], rel=1e-5)
 
 
 def test_a_rank_that_fails_ends_the_job(data: TrainingData, tmp_path: Path) -> None:
