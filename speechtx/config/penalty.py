@@ -120,6 +120,8 @@ class PenaltyConfig(Section):
                 "window: auto needs logit_bound, a bound on |q.k|/sqrt(d_k); `speechtx attention --measure` finds that of a "
                 "trained model"
             )
+        if self.ramp is not None:
+            raise ValueError("window: auto needs a penalty of full strength from the first step; take the ramp away")
         if self.learnable != "none":
             raise ValueError("window: auto needs a fixed penalty: a learned one may become too weak for the window it was given")
         scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from speechtx.bin.main import main
 from speechtx.config.errors import ScoringError
+from speechtx.config.penalty import PRESETS
 from speechtx.scoring.sclite import find_sclite
 
 pytestmark = [
@@ -177,3 +180,27 @@ def test_another_model_trains_anew_and_keeps_the_old_experiment(recipe: Recipe) 
     assert (recipe.path / "exp/tiny.old-1/config.yaml").read_bytes() == old
     assert (recipe.path / "exp/tiny.old-1/RESULTS.md").is_file()
     assert (recipe.exp / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_of_the_penalty_trains_twenty_steps_and_decodes(recipe: Recipe, preset: str) -> None:
+    """In one process, because starting one for each stage would take longer than the training."""
+    data, exp = recipe.path / "data", recipe.path / "exp" / preset
+    overrides = [option for option in OPTIONS[5:] if option != "--set"]
+    overrides += [f"model.attention_penalty={{preset: {preset}}}", "training.loader_workers=0", "training.epochs=2"]
+    overrides += ["training.frames_per_batch=1500", "training.max_frames=1500"]
+    arguments = ["--train", data / "train", "--dev", data / "dev", "--tokenizer", data / "tokenizer/tiny", "--exp", exp]
+    assert main(["train", "--config", f"{recipe.path}/conf/train.yaml", *map(str, arguments), *set_options(overrides)]) == 0
+    last = json.loads((exp / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] >= 20 and all(map(math.isfinite, (last["train"]["loss"], last["dev"]["loss"])))
+    assert f"preset: {preset}" in (exp / "config.yaml").read_text()
+    assert main(["average", "--exp", str(exp)]) == 0
+    arguments = ["--exp", exp, "--data", data / "test", "--config", recipe.path / "conf/decode.yaml", "--out", exp / "decode"]
+    assert main(["decode", *map(str, arguments), "--set", "method=beam", "--set", "beam=2", "--set", "max_len_ratio=0.2"]) == 0
+    assert main(["decode", "--merge", "--data", str(data / "test"), "--out", str(exp / "decode"), "--num-jobs", "1"]) == 0
+    references = (data / "test/text").read_text().splitlines()
+    assert len((exp / "decode/text").read_text().splitlines()) == len(references)
+
+
+def set_options(overrides: list[str]) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]

@@ -94,6 +94,7 @@ def test_mistake_is_refused_with_its_place(text: str, expected: str) -> None:
         ("{shape: log, window: auto, logit_bound: 5.0}", "impossible for shape log with a scale of at most 1"),
         ("{shape: linear, window: auto, logit_bound: 5.0, max_distance: 9}", "impossible for shape linear with max_distance 9"),
         ("{shape: linear, scale: 0.1, window: auto, logit_bound: 5.0, learnable: head}", "needs a fixed penalty"),
+        ("{shape: linear, scale: 0.1, window: auto, logit_bound: 5.0, ramp: {steps: 9}}", "take the ramp away"),
         ("{shape: linear, window: 9, logit_bound: 5.0}", "only with window: auto"),
         ("{shape: log, symmetric: false}", "needs scale_right"),
         ("{shape: log, scale_right: 2.0}", "needs symmetric: false"),

@@ -121,3 +121,19 @@ def test_the_convolution_sees_zeros_where_an_utterance_ends() -> None:
 def test_an_even_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="kernel 4 must be odd"):
         DepthwiseConv(dim=8, kernel=4)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        PenaltyConfig(shape="log"),
+        PenaltyConfig(shape="gaussian", sigma=3.0, learnable="head"),
+    ],
+    ids=["log", "learned"],
+)
+def test_a_compiled_encoder_computes_the_same_at_every_length(penalty: PenaltyConfig) -> None:
+    encoder = make_encoder("transformer", penalty).eval()
+    compiled = torch.compile(encoder, backend="aot_eager")
+    for frames in (80, 121):
+        feats, lens = torch.randn(2, frames, 20), torch.tensor([frames, 50])
+        torch.testing.assert_close(compiled(feats, lens)[0], encoder(feats, lens)[0])
