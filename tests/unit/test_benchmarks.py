@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-attention = pytest.importorskip("benchmarks.attention", reason="benchmarks/ is not installed with the package")
+from benchmarks import attention, kernels, memory, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def same_threads():
 def test_a_quick_run_writes_every_table_and_the_plot(tmp_path, capsys) -> None:
     attention.main(["--quick", "--out", str(tmp_path)])
     text = (tmp_path / "attention.md").read_text(encoding="utf-8")
-    assert text.count("\n## ") == len(attention.PARTS)
+    assert text.count("\n## ") == len(attention.MEASURE)
     assert text.splitlines()[2].startswith("`python -m benchmarks.attention --quick")
     assert ("not measured" in text) is not torch.cuda.is_available()
     assert "nan" not in text
@@ -30,7 +30,7 @@ def test_a_quick_run_writes_every_table_and_the_plot(tmp_path, capsys) -> None:
 
 def test_candidates_of_one_table_compute_the_same_gradients() -> None:
     torch.manual_seed(0)
-    gradients = {name: run() for name, run in attention.alone_candidates(2, 40).items()}  # shorter than the window
+    gradients = {name: run() for name, run in kernels.alone_candidates(2, 40).items()}  # shorter than the window
     # Each candidate draws its own output gradient, so only one drawn for all can be compared.
     q, k, v = attention.qkv(2, 200)
     dense, blocks = attention.window_bias(200), attention.block_bias()
@@ -47,14 +47,14 @@ def test_the_loop_of_bands_builds_the_staircase_that_a_table_by_offset_builds_at
 
 
 def test_a_ratio_is_that_of_runs_side_by_side_so_drift_does_not_change_it() -> None:
-    assert attention.ratio({"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]}, "a", "b") == 2.0
+    assert side_by_side.ratio({"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]}, "a", "b") == 2.0
 
 
 def test_memory_of_the_dense_bias_is_counted() -> None:
-    growth = attention.memory_in_new_process("sdpa", 2000, 1)
+    growth = memory.memory_in_new_process("sdpa", 2000, 1)
     assert math.isfinite(growth) and growth > 2000 * 2000 * 4 / 2**20
 
 
 @pytest.mark.parametrize("row", ["sdpa", "fold"])
 def test_the_code_of_the_gpu_table_runs(row: str) -> None:
-    assert float(attention.backend_ratio(row, 48, attention.QUICK, device="cpu", dtype=torch.float32)) > 0
+    assert float(attention.backend_ratio(row, 48, side_by_side.QUICK, device="cpu", dtype=torch.float32)) > 0
