@@ -42,6 +42,9 @@ EXTRAS = {
     # torchaudio is the second fbank backend. Its Linux wheels ask for a CUDA torch, so that naming it above would pull
     # gigabytes next to a CPU torch: tools/install.sh installs it with --no-deps instead. For a CUDA torch this extra will do.
     "torchaudio": ["torchaudio>=2.6,<3"],
+    # KenLM (LGPL) asks the same ARPA files as speechtx/model/ngram.py: the independent twin in its tests, and of no other use here.
+    # A source package that is compiled, so that tools/install.sh --dev goes on where there is no C++ compiler.
+    "lm": ["kenlm>=0.3,<1"],
     "dev": [
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",  # tests on both cores

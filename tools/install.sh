@@ -5,6 +5,7 @@ set -euo pipefail
 
 readonly torch_version=2.13.0      # the version the tests and RESULTS.md were run with
 readonly torchaudio_version=2.11.0 # its last release; only its Python parts are used
+readonly kenlm='kenlm>=0.3,<1'     # the extra `lm` of setup.py
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly repo venv=$repo/.venv stamp=$repo/.venv/speechtx-installed unfinished=$repo/.venv/speechtx-unfinished
 
@@ -116,13 +117,13 @@ make_venv() {
 
 # ------------------------------------------------------------------------------------------------------ packages
 
-step=0 log=
+step=0 steps=4 log=
 # install WHAT PIP_ARGUMENTS...: runs pip with its own progress bars on a terminal, or its main lines elsewhere
 install() {
   local what=$1 started=$SECONDS
   shift
   step=$((step + 1))
-  say "[$step/4] $what"
+  say "[$step/$steps] $what"
   local -a pip=("$venv/bin/python" -m pip --disable-pip-version-check --log "$log" install)
   if [[ -t 1 ]]; then
     "${pip[@]}" "$@" || return 1
@@ -132,7 +133,7 @@ install() {
       | { grep --line-buffered -E '^ *(Downloading|Using cached|Processing|Installing collected|ERROR)' || true; } \
       | cut -c 1-150 | sed -u 's/^ */    /' || return 1
   fi
-  say "[$step/4] $what: done in $((SECONDS - started)) s"
+  say "[$step/$steps] $what: done in $((SECONDS - started)) s"
 }
 
 # needs_mib NUMBER: stops before the disk is full rather than after
@@ -185,6 +186,13 @@ install_torchaudio() {
   fi
 }
 
+# Compiled for a minute. Only tests need it, and they skip without it, so an installation does not fail for it.
+install_kenlm() {
+  ! "$venv/bin/python" -c 'import kenlm' 2>/dev/null || return 0
+  install "KenLM (twin of the n-gram scorer in the tests; compiles for about a minute)" "$kenlm" \
+    || say "KenLM could not be installed (it needs a C++ compiler): the tests that compare with it will be skipped; see $log"
+}
+
 # What pip's log says was fetched: over the network, or from its cache and local folders.
 report_size() {
   "$venv/bin/python" - "$log" <<'PYTHON'
@@ -226,13 +234,14 @@ make_environment() {
   touch "$unfinished"
   log=$venv/install.log
   : >"$log"
-  [[ $dev == false ]] || extras=mini,dev
+  [[ $dev == false ]] || extras=mini,dev steps=5
   install "pip, setuptools" --upgrade pip "setuptools>=65" || die "pip could not be updated" "see the last lines of $log" \
     "check the network and pip's settings ($venv/bin/pip config list), then run tools/install.sh again"
   install_torch
   install "speechtx[$extras] and what it needs" --no-build-isolation --editable "${repo}[$extras]" \
     || die "a package could not be installed" "see the last lines of $log" "fix what they say and run tools/install.sh again"
   install_torchaudio
+  if [[ $dev == true ]]; then install_kenlm; fi
   report_size
   printf '%s\n' "fingerprint=$(fingerprint)" "repo=$repo" "dev=$dev" "build=$build" "torch_spec=$torch_spec" >"$stamp.new"
   mv "$stamp.new" "$stamp"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from speechtx.config.errors import DataError
-from speechtx.text.arpa import BOS, EOS, UNK, Arpa
+from speechtx.text.arpa import BOS, EOS, NEVER, UNK, Arpa
 
 _LN10 = math.log(10.0)
 
@@ -46,7 +46,7 @@ class NgramLM(nn.Module):
     """Scores tokens with an n-gram model.
 
     `<sos/eos>` stands for <s> when it is fed and for </s> when it is scored; `<blank>` is never predicted. Tokens that the
-    model does not list are scored, and seen as context, as <unk>.
+    model does not list are scored, and seen as context, as <unk>; <unk> itself, if it is not listed, is next to impossible.
 
     Args:
         arpa: the model.
@@ -77,6 +77,7 @@ class NgramLM(nn.Module):
         end, bos = len(tokens) - 1, len(tokens)
 
         unigram = np.full(tree.width, -np.inf)
+        unigram[1] = NEVER * _LN10  # unless the model knows <unk>
         unigram[number[arpa.ngrams[0][:, 0]]] = arpa.log_prob[0] * _LN10
         after = np.zeros(tree.width, dtype=np.int64)
         after[number[arpa.ngrams[0][:, 0]]] = tree.target[: arpa.counts[0]]
@@ -154,7 +155,7 @@ def _token_numbers(arpa: Arpa, tokens: Sequence[str], source: str) -> tuple[np.n
     if unknown:
         raise DataError(f"{source}: {len(unknown)} words are no tokens of the tokenizer, for example {unknown[0]!r}")
     known = set(arpa.words)
-    missing = [i for i, piece in enumerate(tokens[1:-1], start=1) if piece not in known]
+    missing = [i for i, piece in enumerate(tokens[2:-1], start=2) if piece not in known]
     if missing and UNK not in known:
         raise DataError(f"{source}: knows neither {tokens[missing[0]]!r} nor <unk>; estimate it with <unk>, or with every token")
     return np.array([ids[word] for word in arpa.words], dtype=np.int64), missing
