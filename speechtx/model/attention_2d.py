@@ -15,8 +15,8 @@ class Attention2d(nn.Module):
     are the vector that is compared with the other frames', and, transposed, in frequency, where a bin's values over all frames
     are. The 2c maps that come out are concatenated and a 3x3 convolution takes them back to n maps.
 
-    The paper does not say how modules are stacked; the residual connection around each is this toolkit's choice, as is the
-    absence of a norm. The convolutions keep PyTorch's initialisation, which makes a module start as a small correction.
+    The residual connection around each module and the absence of a norm are this toolkit's choice. The convolutions keep
+    PyTorch's initialisation, which makes a module start as a small correction.
 
     Padding never reaches data: frames behind an utterance's end are zero before both convolutions, as if the batch ended there,
     masked in time, and zero in the products over time of the attention in frequency, whose 1 / sqrt(length) counts the
