@@ -82,8 +82,11 @@ def dump_config(config: BaseModel) -> str:
 
 
 def config_hash(config: BaseModel) -> str:
-    """SHA-256 (hex) of the canonical JSON form: equal for equal configurations, whatever the YAML looked like."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, ensure_ascii=True)
+    """SHA-256 (hex) of the canonical JSON form: equal for equal configurations, whatever the YAML looked like.
+
+    Values at their defaults do not count, so that a checkpoint outlives the keys that later versions add.
+    """
+    canonical = json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
