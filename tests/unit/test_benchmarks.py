@@ -51,7 +51,7 @@ def test_a_ratio_is_that_of_runs_side_by_side_so_drift_does_not_change_it() -> N
 
 
 def test_memory_of_the_dense_bias_is_counted() -> None:
-    growth = memory.memory_in_new_process("sdpa", 2000, 1)
+    growth = memory.peak_memory("sdpa", 2000, 1)
     assert math.isfinite(growth) and growth > 2000 * 2000 * 4 / 2**20
 
 
