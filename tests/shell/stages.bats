@@ -28,7 +28,7 @@ make_recipe() {
   mkdir -p "$T/.venv/bin" "$T/utils/steps" "$T/egs/x"
   cp -R "$root/egs/TEMPLATE/asr1" "$T/egs/x/asr1"
   ln -s "$root/utils/stages.sh" "$root/utils/parse_options.sh" "$root/utils/parallel" "$T/utils/"
-  program "$T/.venv/bin/speechtx" "[[ \$1 != stamp ]] || exec '$real' \"\$@\""
+  program "$T/.venv/bin/speechtx" "[[ \$1 != stamp && \"\$1 \${2:-}\" != 'lm texts' ]] || exec '$real' \"\$@\""
   program "$T/utils/steps/check.sh" 'echo "check $*" >>"$T/calls"'
   program "$T/egs/x/asr1/local/data.sh" '
     echo data >>"$T/calls"
@@ -52,6 +52,10 @@ make_recipe() {
     [[ ! -e $T/fail_train ]] || { echo "out of luck" >&2; exit 3; }
     mkdir -p "${!#}"
     cat conf/train.yaml >"${!#}/config.yaml"'
+  program "$T/utils/steps/lm.sh" '
+    echo "lm $*" >>"$T/calls"
+    mkdir -p "${!#}"
+    : >"${!#}/perplexity.json"'
   program "$T/utils/steps/average.sh" 'echo average >>"$T/calls"; date +%s%N >"$1/model.pt"'
   program "$T/utils/steps/decode.sh" 'echo "decode ${!#}" >>"$T/calls"; mkdir -p "${!#}"; date +%s%N >"${!#}/text"'
   program "$T/utils/steps/score.sh" 'echo score >>"$T/calls"; echo "| test | 1.2 |" >"$3/RESULTS.md"'
@@ -218,4 +222,49 @@ calls() {
   run "$T/egs/x/asr1/run.sh" --stop-stage data
   [ "$status" -eq 0 ]
   [ -e "$T/egs/x/asr1/data/train/text" ]
+}
+
+@test "conf/lm.yaml brings the language models it has sections for, each with a stamp of its own" {
+  finished
+  printf 'ngram: {order: 3}\n' >conf/lm.yaml
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [[ $output == *'stage 3 ngram: n-gram language model in exp/lm/train/ngram'* ]]
+  [[ $output != *'stage 4 transformer'* ]]
+  [ "$(cut -d' ' -f1-4 "$T/calls" | grep lm)" = "lm --config conf/lm.yaml ngram" ]
+  [ "$(calls)" = "lm " ] # nothing else runs again
+  printf 'ngram: {order: 3}\ntransformer:\n  epochs: 3\n  dim: 16\n' >conf/lm.yaml
+  ./run.sh
+  grep -q -- '--restart=false transformer data/train data/dev data/tokenizer/train exp/lm/train/transformer' "$T/calls"
+  [ "$(calls)" = "lm " ]
+  run ./run.sh
+  [[ $output == *'stage 3 ngram: up to date'*'stage 4 transformer: up to date'* ]]
+}
+
+@test "a language model is made anew when it must be, continued when it can be, and made again when its text changes" {
+  finished
+  echo 'HELLO AGAIN' >more.txt
+  printf 'ngram:\n  text: [more.txt]\ntransformer:\n  epochs: 3\n  dim: 16\n' >conf/lm.yaml
+  ./run.sh
+  rm "$T/calls"
+  sed -i 's/epochs: 3/epochs: 4/' conf/lm.yaml
+  run ./run.sh
+  [[ $output == *'stage 4 transformer: '*'changed: transformer.epochs in conf/lm.yaml'* ]]
+  grep -q -- '--restart=false transformer' "$T/calls"
+  [ "$(calls)" = "lm " ]
+  sed -i 's/dim: 16/dim: 32/' conf/lm.yaml
+  ./run.sh
+  grep -q -- '--restart=true transformer' "$T/calls"
+  [ "$(calls)" = "lm " ]
+  echo 'BYE' >>more.txt
+  run ./run.sh
+  [[ $output == *'stage 3 ngram: '*'changed: more.txt'*'stage 4 transformer: up to date'* ]]
+}
+
+@test "a language model configuration that is named must exist" {
+  finished
+  run ./run.sh --lm-config conf/none.yaml
+  [ "$status" -eq 2 ]
+  [[ $output == *'--lm-config conf/none.yaml: no such file'* ]]
+  [ ! -e "$T/calls" ]
 }

@@ -179,3 +179,19 @@ def test_the_recipes_configurations_pass(repo: Path) -> None:
         assert configs.fbank is not None
         assert list(check.check_shapes(configs.train, configs.fbank, configs.decode)) == []
         assert check.check_model(configs.train, configs.fbank)[0] > 0
+
+
+def test_language_models_are_looked_at_if_there_are_any(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("lm.yaml").write_text("ngram: {order: 3, text: [data/train, data/made_by_stage_1.txt]}\ntransformer: {dim: 32}\n")
+    status, out = run(capsys, "--lm-config", "lm.yaml")
+    assert status == 0, out
+    assert "3-gram and a Transformer of 2 layers, about" in out
+    Path("lm.yaml").write_text("ngram: {ordr: 3, text: [data/train]}\ntransformer: {dim: 30}\n")
+    status, out = run(capsys, "--lm-config", "lm.yaml")
+    assert status == 1
+    assert "lm.yaml:1: ngram.ordr: unknown key; did you mean 'order'?" in out
+    assert "lm.yaml:2: transformer: dim 30 is not divisible by heads 4" in out
+    Path("lm.yaml").write_text("ngram: {text: [corpus.txt]}\n")
+    status, out = run(capsys, "--lm-config", "lm.yaml")
+    assert status == 1
+    assert "text corpus.txt: no such file or data directory" in out
