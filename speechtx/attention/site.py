@@ -18,7 +18,7 @@ from speechtx.attention.kernels import Bias, EagerBias, dense_bias, padding_bias
 from speechtx.attention.penalty import Strength, initial_strength, penalty, strength_of
 from speechtx.attention.study import AfterSoftmax
 from speechtx.config.errors import ConfigError
-from speechtx.config.penalty import PenaltyConfig, RampConfig
+from speechtx.config.penalty import PenaltyConfig, RampConfig, unit_problem
 
 
 class AttentionPenalty(nn.Module):
@@ -49,7 +49,8 @@ class AttentionPenalty(nn.Module):
     ) -> None:
         super().__init__()
         self.spacing = spacing if config.unit == "ms" else 1.0
-        _check_unit(config, self.spacing, site)
+        if problem := unit_problem(config, self.spacing):
+            raise ConfigError(f"attention_penalty.{site}.{problem[0]} {problem[1]}")
         self.config = _with_numeric_window(config, num_heads=num_heads, spacing=self.spacing)
         self.num_layers = num_layers
         self.num_heads = num_heads
@@ -279,17 +280,3 @@ def _with_numeric_window(config: PenaltyConfig, *, num_heads: int, spacing: floa
         spacing=spacing,
     )
     return config.model_copy(update={"window": max(window, 1)})
-
-
-def _check_unit(config: PenaltyConfig, spacing: float, site: str) -> None:
-    if config.unit != "ms" or config.shape == "none":
-        return
-    for name in ("margin", "step", "max_distance", "window"):
-        value = getattr(config, name)
-        if isinstance(value, str) or value is None or value == type(config).model_fields[name].default:
-            continue
-        if not math.isclose(value / spacing, round(value / spacing), abs_tol=1e-6):
-            raise ConfigError(
-                f"attention_penalty.{site}.{name} is {value:g} ms, but an encoder frame lasts {spacing:g} ms after subsampling: "
-                f"give a multiple of it, or unit: frame"
-            )

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         parameters, found = check_model(configs.train, configs.fbank)
         findings += found
         findings += list(check_shapes(configs.train, configs.fbank, configs.decode))
+        findings += list(check_units(configs.train, configs.fbank, args.config, args.overrides))
         if args.train_text and args.train_text.is_file():
             findings.append(check_tokenizer(configs.train, args.train_text))
     if args.lm_config:
@@ -185,6 +186,18 @@ def check_shapes(train: TrainConfig, fbank: FbankConfig, decode: dict[Path, Deco
                 f"{path}: ctc_weight {config.ctc_weight} needs a decoder, but model.decoder.layers is 0",
                 "set ctc_weight: 1.0 or method: ctc_greedy there",
             )
+
+
+def check_units(train: TrainConfig, fbank: FbankConfig, path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
+    """Lengths in milliseconds that the subsampling cannot express."""
+    from speechtx.config.load import locate
+    from speechtx.config.penalty import unit_problem
+    from speechtx.model.subsampling import SUBSAMPLING_FACTOR
+
+    problem = unit_problem(train.model.attention_penalty.encoder_self, SUBSAMPLING_FACTOR * fbank.frame_shift_ms)
+    if problem is not None:
+        key = f"model.attention_penalty.encoder_self.{problem[0]}"
+        yield Finding("units", f"{locate(path, key, overrides)}: {key} {problem[1]}", f"correct {path}, or the --set")
 
 
 def check_tokenizer(train: TrainConfig, text: Path) -> Finding:

@@ -76,6 +76,18 @@ def parse_config(text: str, schema: type[SchemaT], overrides: Sequence[str] = ()
         raise ConfigError("\n".join(_describe_all(err.errors(), schema, lines, source))) from None
 
 
+def locate(path: str | Path, key: str, overrides: Sequence[str] = ()) -> str:
+    """Where a dotted key is set: `FILE:LINE`, or the override; the nearest section above it if the key itself is not there."""
+    lines: dict[Loc, str] = {}
+    raw = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path), lines) or {}
+    for override in overrides:
+        _apply_override(raw, override, lines)
+    loc: Loc = tuple(key.split("."))
+    while loc and loc not in lines:
+        loc = loc[:-1]
+    return lines.get(loc, str(path))
+
+
 def dump_config(config: BaseModel) -> str:
     """The resolved configuration as YAML that `parse_config` reads back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -8,6 +8,7 @@ speechtx/attention/penalty.py the definition in code.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -299,6 +300,27 @@ def check_site(site: PenaltyConfig, name: str, *, num_layers: int, num_heads: in
             side = "encoder.heads" if name == "encoder_self" else "decoder.heads"
             which = f"{side} is {num_heads}" if site.heads == "all" else f"{heads} heads are selected"
             raise ValueError(f"attention_penalty.{name}.{key} lists {len(value)} values, but {which}")
+
+
+def unit_problem(site: PenaltyConfig, frame_ms: float) -> tuple[str, str] | None:
+    """The key of a length in milliseconds that is no whole number of encoder frames, and what is wrong with it; None if all are.
+
+    Args:
+        site: the penalty.
+        frame_ms: how long an encoder frame lasts.
+    """
+    if site.unit != "ms" or site.shape == "none":
+        return None
+    for name in ("margin", "step", "max_distance", "window"):
+        value = getattr(site, name)
+        if isinstance(value, str) or value == type(site).model_fields[name].default:
+            continue
+        if not math.isclose(value / frame_ms, round(value / frame_ms), abs_tol=1e-6):
+            return name, (
+                f"is {value:g} ms, but an encoder frame lasts {frame_ms:g} ms after subsampling: give a multiple of it, or "
+                "unit: frame"
+            )
+    return None
 
 
 # Named settings of the literature; docs/attention_penalty.md has their sources.

@@ -10,7 +10,7 @@ import pytest
 
 from speechtx.bin import check, main
 from speechtx.config.errors import ScoringError
-from speechtx.config.load import load_config
+from speechtx.config.load import load_config, locate
 from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
 
 FILES = {
@@ -195,3 +195,16 @@ def test_language_models_are_looked_at_if_there_are_any(folder: Path, capsys: py
     status, out = run(capsys, "--lm-config", "lm.yaml")
     assert status == 1
     assert "text corpus.txt: no such file or data directory" in out
+
+
+def test_milliseconds_that_subsampling_cannot_express_are_shown_with_their_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path("train.yaml").read_text()
+    overrides = ["model.attention_penalty={encoder_self: {shape: log, unit: ms, window: 90}}"]
+    status, out = run(capsys, "--set", overrides[0])
+    assert status == 1 and f"--set {overrides[0]}: model.attention_penalty.encoder_self.window is 90 ms" in out
+    assert "an encoder frame lasts 40 ms" in out
+    where = locate("train.yaml", "model.encoder.layers")
+    line = int(where.removeprefix("train.yaml:"))
+    assert "layers" in text.splitlines()[line - 1] or "encoder" in text.splitlines()[line - 1]
