@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from speechtx.config.errors import ConfigError
 
 _BLOCK = 128  # FlexAttention's default; its kernels are tuned for it
-_EVERYWHERE = 2**30  # beyond any length; a constant, so that another length is no other mask to the compiler
+_EVERYWHERE = 2**30  # beyond any length
 _MIN_HEAD_DIM = 16  # of the CUDA kernel
 
 
@@ -73,7 +73,7 @@ class FlexBias:
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, self.by_offset))
         if not q.is_cuda and learning:
             raise ConfigError("FlexAttention has no backward pass on CPU: train with backend: sdpa, eager or blocks")
-        score = self._score(q.shape[1])
+        score = self.score_mod(q.shape[1])
         if q.is_cuda and not torch.compiler.is_compiling():
             return _compiled()(q, k, v, score_mod=score, block_mask=self.block_mask)
         q, k, v = q.detach(), k.detach(), v.detach()  # it looks at requires_grad even where no gradient is asked for
@@ -96,18 +96,18 @@ class FlexBias:
         left = _EVERYWHERE if self.window is None else self.window
         return left, 0 if self.causal else left
 
-    def _score(self, num_heads: int) -> Callable[..., Tensor]:
-        """score_mod. A head's offset 0 lies at `origin` in the flat table; only tensors are captured, no length."""
+    def score_mod(self, num_heads: int) -> Callable[..., Tensor]:
+        """Adds the penalty. A head's offset 0 lies at `origin` in the flat table; only tensors are captured, no length."""
         if self.by_offset.shape[0] not in (1, num_heads):
             raise ConfigError(f"by_offset is for {self.by_offset.shape[0]} heads, the queries have {num_heads}")
         table, rows = self.by_offset.flatten(), self.by_offset.shape[0]
         step = 0 if rows == 1 else self.by_offset.shape[1]
         origin = torch.arange(num_heads, device=table.device) * step + self.length - 1
 
-        def score_mod(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def add_penalty(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return score + table[origin[h] + key - query]
 
-        return score_mod
+        return add_penalty
 
     @functools.cached_property
     def block_mask(self) -> BlockMask | None:
@@ -130,14 +130,18 @@ class FlexBias:
             keys = F.pad(mask, (0, -self.length % _BLOCK)).unflatten(1, (-1, _BLOCK))
             some, every = some & keys.any(-1)[:, None, :], every & keys.all(-1)[:, None, :]
 
-        reach = torch.tensor([-left, right], dtype=torch.int32, device=first.device)  # numbers would be compiled in
+        reach = torch.tensor([-left, right], dtype=torch.int32, device=first.device)  # the compiler fails on numbers
 
-        def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def is_visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             visible = (key - query >= reach[0]) & (key - query <= reach[1])
             return visible if mask is None else visible & mask[b, key]
 
         return BlockMask.from_kv_blocks(
-            *_listed(some & ~every), *_listed(every), BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(self.length, self.length)
+            *_listed(some & ~every),
+            *_listed(every),
+            BLOCK_SIZE=_BLOCK,
+            mask_mod=is_visible,
+            seq_lengths=(self.length, self.length),
         )
 
 

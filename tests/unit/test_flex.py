@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from speechtx.attention.flex import FlexBias
 from speechtx.attention.kernels import attend, attend_eager
@@ -32,7 +33,7 @@ def padding(lens: list[int], length: int) -> Tensor:
     return torch.arange(length) < torch.tensor(lens).unsqueeze(1)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=3),
     st.sampled_from([None, 0, 1, 7, 100]),
@@ -150,3 +151,14 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             make()
+
+
+def test_another_length_or_padding_is_not_compiled_again() -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    for lens in ([600, 200], [600, 100], [411, 7], [555, 130]):
+        bias = FlexBias(table(max(lens)), 40, padding(lens, max(lens)))
+        arguments = inputs(2, max(lens))
+        out = compiled(*arguments, score_mod=bias.score_mod(HEADS), block_mask=bias.block_mask)
+        torch.testing.assert_close(out, attend_eager(*arguments, bias=bias.dense()))
+    assert counter.frame_count == 1
