@@ -153,6 +153,25 @@ def test_a_second_run_skips_every_stage(recipe: Recipe) -> None:
     assert "| test |" in recipe.output()
 
 
+def test_language_models_are_steps_of_stages_3_and_4_and_report_their_perplexity(recipe: Recipe) -> None:
+    config = recipe.path / "conf/lm.yaml"
+    config.write_text("ngram: {order: 3}\ntransformer:\n  layers: 1\n  dim: 16\n  ff_dim: 32\n  epochs: 1\n")
+    try:
+        stages = ("--stage", "bpe", "--stop-stage", "train")
+        headers = recipe.run(*stages, epochs=trained_epochs(recipe))
+        assert list(headers) == ["bpe", "ngram", "train", "transformer"]
+        assert headers["train"].startswith("up to date"), "a language model is no reason to train the recogniser again"
+        out = recipe.output()
+        for kind in ("ngram", "transformer"):
+            measured = json.loads((recipe.path / f"exp/lm/tiny/{kind}/perplexity.json").read_text())
+            assert 1 < measured["per_token"] < measured["per_word"]
+            assert f"data/dev: perplexity {measured['per_token']:.2f} a token, {measured['per_word']:.2f} a word" in out
+        headers = recipe.run(*stages, epochs=trained_epochs(recipe))
+        assert headers["ngram"].startswith("up to date") and headers["transformer"].startswith("up to date")
+    finally:
+        config.unlink()
+
+
 def test_more_epochs_continue_the_training_and_score_again(recipe: Recipe) -> None:
     headers = recipe.run("--stage", "data", epochs=EPOCHS + 1)
     assert headers["bpe"].startswith("up to date")
