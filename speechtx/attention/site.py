@@ -177,7 +177,8 @@ class AttentionPenalty(nn.Module):
         if backend == "flash_attn":
             from speechtx.attention.flash import SlopeBias
 
-            return SlopeBias(slopes=strength.expand(self.num_heads), window=self.window_frames, causal=causal)
+            slopes = (strength * self.spacing).expand(self.num_heads)
+            return SlopeBias(slopes=slopes, window=self.window_frames, causal=causal, mask=mask)
         from speechtx.attention.fold import CausalLinearFold, GaussianFold, TwoPassLinear
 
         if self.config.shape == "gaussian":
