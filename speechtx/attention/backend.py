@@ -83,7 +83,7 @@ def _on_cuda(
     sixteen_bit = dtype in (torch.bfloat16, torch.float16)
     if window is not None and length >= FLEX_FROM and dropout == 0.0:
         return "flex", f"a window of {window} in {FLEX_FROM} positions and more, whole blocks are skipped"
-    slopes = not backend_refuses("flash_attn", config, causal=causal) and config.heads == "all" and config.unit == "frame"
+    slopes = not backend_refuses("flash_attn", config, causal=causal) and config.unit == "frame"
     if slopes and sixteen_bit and not padded and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attn", "its slopes are arithmetic only"
     if config.shape == "gaussian" and not backend_refuses("fold", config, causal=causal) and config.ramp is None:

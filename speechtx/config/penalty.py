@@ -276,6 +276,7 @@ def backend_refuses(backend: str, site: PenaltyConfig, *, causal: bool) -> str:
         "flash_attn": [
             (site.shape != "linear" or not plain, "knows linear penalties only (ALiBi's slopes)"),
             (site.learnable != "none", "gives the slopes no gradient"),
+            (site.heads != "all", "needs heads: all"),
         ],
     }
     return next((why for applies, why in reasons.get(backend, []) if applies), "")

@@ -131,6 +131,7 @@ def test_impossible_penalty_is_refused(penalty: str, expected: str) -> None:
         ("{backend: fold, encoder_self: {shape: gaussian, sigma: 3.0, learnable: head}}", "cannot learn the strength"),
         ("{backend: blocks, encoder_self: {shape: log}}", "needs a window"),
         ("{backend: flash_attn, encoder_self: {shape: log}}", "linear penalties only"),
+        ("{backend: flash_attn, encoder_self: {shape: linear, heads: [0]}}", "needs heads: all"),
         ("{backend: sdpa, encoder_self: {shape: log, apply: after_softmax}}", "use eager"),
         ("{decoder_self: {shape: log, unit: ms}}", "no meaning for tokens"),
         ("{decoder_self: {shape: log, symmetric: false, scale_right: 1.0}}", "never sees keys to the right"),
