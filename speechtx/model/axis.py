@@ -65,6 +65,7 @@ class AxisState:
         step: (B, 1) distance between two tokens that are evenly spaced, for the axes that use it.
         forward, prefix: CTC forward variables of each hypothesis: ctc_prefix.
         reached: per layer that pays (N,), the last query's coordinate before clipping: monotonic.
+        ahead: (B, 1 or H, K, S) biases of the positions around this one, kept for the next steps: even axes.
     """
 
     position: int
@@ -74,6 +75,7 @@ class AxisState:
     forward: CtcForward | None = None
     prefix: CtcState | None = None
     reached: tuple[Tensor, ...] = ()
+    ahead: Tensor | None = None
 
     def select(self, rows: Tensor) -> AxisState:
         """The state with its hypotheses reordered within their utterances, rows (N,) int64."""
@@ -89,6 +91,7 @@ class AxisState:
             ends=(self.ends[0][utterances], self.ends[1][utterances]),
             step=self.step[utterances],
             reached=tuple(part.unflatten(0, (batch, -1))[utterances].flatten() for part in self.reached),
+            ahead=None if self.ahead is None else self.ahead[utterances],
         )
         if self.forward is None or self.prefix is None:
             return kept
@@ -121,6 +124,8 @@ class Axis(nn.Module):
         dim: D, the decoder's width.
     """
 
+    even = True  # whether x depends on the position alone, not on tokens or attention
+    shift = 0.0  # of evenly spaced x
     by_layer = False  # whether the coordinates of queries differ from layer to layer, by `at_layer`; else `advance` has them
     uses_weights = False  # whether `at_layer` wants the attention weights of the layer below
 
@@ -168,13 +173,12 @@ class Axis(nn.Module):
             new state.
         """
         position = torch.arange(state.position, state.position + tokens.shape[1], device=tokens.device)
-        x = self.evenly((position + 0.5) * state.step, state)
-        x = x.unsqueeze(1).expand(-1, tokens.shape[0] // len(state.y), -1).flatten(1)
-        return self._settle(x, state), replace(state, position=state.position + tokens.shape[1])
+        x = self.evenly(position, state).unsqueeze(1).expand(-1, tokens.shape[0] // len(state.y), -1)
+        return x.flatten(1), replace(state, position=state.position + tokens.shape[1])
 
-    def evenly(self, x: Tensor, state: AxisState) -> Tensor:
-        """From (i + 1/2) * step to the coordinate of query i, both (B, L)."""
-        return x
+    def evenly(self, position: Tensor, state: AxisState) -> Tensor:
+        """x (B, L) of the queries at these positions (L,), whatever the tokens; for axes that are `even`."""
+        return self._settle((position + 0.5) * state.step - self.shift, state)
 
     def at_layer(self, layer: int, query: Tensor, below: Tensor | None, state: AxisState) -> tuple[Tensor | None, AxisState]:
         """The coordinates of queries in one layer, called after `advance`, layer by layer; for `by_layer` axes.
@@ -222,13 +226,11 @@ class Uniform(Axis):
 class Rate(Axis):
     """Every token takes `rate` frames. The error grows with i: never narrow."""
 
+    shift = 0.5  # frame j, counted from 0, has its middle at j + 1/2
+
     def step(self, audio: Audio, token_lens: Tensor | None) -> Tensor:
         """r"""
         return super().step(audio, token_lens) * _required(self.config)
-
-    def evenly(self, x: Tensor, state: AxisState) -> Tensor:
-        """Half a frame less, because frame j, the j-th counted from 0, has its middle at j + 1/2."""
-        return x - 0.5
 
 
 class CtcCount(Axis):
@@ -258,6 +260,8 @@ class CtcPrefix(Axis):
     From the forward variables of the prefix alone: the backward variables see the future, which search does not have. Half a
     token is half the frames per token that CTC finds in the utterance; the first query has no token before it, only that half.
     """
+
+    even = False
 
     def needs_ctc(self) -> bool:
         """Always."""
@@ -296,6 +300,7 @@ class Monotonic(Axis):
     handwriting synthesis). One step is `rate` frames at the start of training.
     """
 
+    even = False
     by_layer = True
 
     def __init__(self, *, config: CrossPenaltyConfig, num_layers: int, dim: int) -> None:
@@ -330,6 +335,7 @@ class Monotonic(Axis):
 class LowerLayer(Axis):
     """Where the same query looked in the layer below, on average over the heads that pay; the first layer is not charged."""
 
+    even = False
     by_layer = True
     uses_weights = True
 

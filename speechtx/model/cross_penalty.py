@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from speechtx.attention.multihead import CrossAttention, split_heads
 from speechtx.attention.site import AttentionPenalty
 from speechtx.config.penalty import CrossPenaltyConfig
 from speechtx.model.axis import AXES, AxisState
+
+_AHEAD = 16  # positions whose biases a search computes at once, where they do not depend on what it finds
 
 
 class CrossPenalty(nn.Module):
@@ -50,8 +54,23 @@ class CrossWalk:
         self._x: Tensor | None = None
         self._shared: Tensor | None = None  # the bias of all layers that pay, where they pay the same
         self._below: Tensor | None = None  # (B, Q, S) where the layer below looked, if the axis wants to know
-        if site is not None and state is not None:
+        if site is None or state is None:
+            return
+        if tokens.shape[1] == 1 and site.axis.even and site.same_everywhere:
+            self._step_ahead(site, state)
+        else:
             self._x, self.state = site.axis.advance(tokens, state)
+
+    def _step_ahead(self, site: CrossPenalty, state: AxisState) -> None:
+        """One step of an even axis: its bias (B, 1 or H, 1, S), the same for all hypotheses, is one row of a table."""
+        row = state.position % _AHEAD
+        if row == 0 or state.ahead is None:
+            position = torch.arange(state.position - row, state.position - row + _AHEAD, device=state.y.device)
+            x = site.axis.evenly(position, state)
+            state = replace(state, ahead=self._between(site, min(site.penalty.layers), x, state.y, x.dtype))
+        assert state.ahead is not None
+        self._shared = state.ahead[:, :, row : row + 1]
+        self.state = replace(state, position=state.position + 1)
 
     def bias(self, layer: int, attn: CrossAttention, query: Tensor, keys: Tensor) -> Tensor | None:
         """The bias of one layer.
@@ -81,12 +100,14 @@ class CrossWalk:
             x, self.state = site.axis.at_layer(layer, query, self._below, self.state)
         if x is None:
             return self.padding
-        dtype = query.dtype if self.padding is None else self.padding.dtype
-        bias = site.penalty.between(layer, x, self.state.y.to(x.dtype), dtype=dtype)
-        if bias is not None and self.padding is not None:
-            bias = bias + self.padding
+        bias = self._between(site, layer, x, self.state.y, query.dtype)
         self._shared = bias if site.same_everywhere else None
         return bias
+
+    def _between(self, site: CrossPenalty, layer: int, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+        dtype = dtype if self.padding is None else self.padding.dtype
+        bias = site.penalty.between(layer, x, y.to(x.dtype), dtype=dtype)
+        return bias if bias is None or self.padding is None else bias + self.padding
 
     @staticmethod
     @torch.no_grad()

@@ -134,7 +134,7 @@ def test_encoder_padding_and_later_tokens_do_not_reach_a_position() -> None:
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(1, 20), st.integers(1, 3), st.integers(0, 99))
 @pytest.mark.parametrize("cross", CROSS)
 @torch.no_grad()
 def test_with_a_cross_penalty_step_by_step_equals_teacher_forcing(cross, enc_lens, length, beam, seed) -> None:
@@ -225,6 +225,26 @@ def test_lower_layer_is_charged_for_the_distance_from_where_the_paying_heads_loo
         expected = -0.5 * ((weights @ frames).unsqueeze(-1) - frames).square()
         torch.testing.assert_close(calls[layer][2][0, 1], expected[0], atol=1e-4, rtol=1e-4)
         assert bool((calls[layer][2][0, 0] == 0).all()) and bool((calls[layer][2][1, :, :, 4:] == -math.inf).all())
+
+
+@torch.no_grad()
+def test_lower_layer_may_be_asked_of_the_last_layer_alone() -> None:
+    config = CROSS["lower_layer"].model_copy(update={"layers": (2,)})
+    decoder = Decoder(config=DecoderConfig(layers=3, heads=2, ff_dim=32), dim=16, vocab_size=VOCAB, cross_penalty=config).eval()
+    with biases_of(decoder) as calls:
+        decoder(torch.randint(VOCAB, (1, 5)), torch.tensor([5]), torch.randn(1, 7, 16), torch.tensor([7]))
+    assert [bias.shape[2] for _, _, bias in calls] == [1, 1, 5] and float(calls[2][2].min()) < 0
+
+
+@torch.no_grad()
+def test_uniform_is_trained_with_the_true_number_of_tokens_which_end_of_sentence_is_not() -> None:
+    config = CROSS["uniform"].model_copy(update={"length_noise": 0.0})
+    decoder = Decoder(config=DecoderConfig(layers=1, heads=2, ff_dim=32), dim=16, vocab_size=VOCAB, cross_penalty=config).train()
+    with biases_of(decoder) as calls:
+        decoder(torch.randint(VOCAB, (1, 5)), torch.tensor([5]), torch.randn(1, 8, 16), torch.tensor([8]))
+    x = torch.tensor([1 / 8, 3 / 8, 5 / 8, 7 / 8, 15 / 16])  # four tokens and the end, which stays with the last frame
+    y = (torch.arange(8) + 0.5) / 8
+    torch.testing.assert_close(calls[0][2][0, 0], -50 * (x[:, None] - y).square(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cross", CROSS)
