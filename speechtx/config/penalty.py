@@ -179,7 +179,7 @@ class PenaltyConfig(Section):
 class CrossPenaltyConfig(PenaltyConfig):
     """A penalty of the decoder's attention to the encoder: distance on an axis that tokens and frames share.
 
-    uniform: both as a share of their length; rate: token i at frame `rate` * (i + 1/2); ctc_count: frames by the number of
+    uniform: both as a share of their length; rate: token i at frame `rate` * (i + 1/2) - 1/2; ctc_count: frames by the number of
     tokens CTC has emitted; ctc_prefix: tokens by the mean frame where CTC first emits them; monotonic: learned steps in frames;
     lower_layer: where the layer below looked. Lengths (sigma, window, ...) are in the axis' own unit: the utterance's length
     for uniform, tokens for ctc_count, encoder frames for the others.
