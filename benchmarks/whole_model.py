@@ -10,8 +10,9 @@ from torch import Tensor
 
 from benchmarks.kernels import HEADS, LOG
 from benchmarks.side_by_side import Candidates, Report, Size, alternate, ratio, spread
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.penalty import AttentionPenaltyConfig, CrossPenaltyConfig
-from speechtx.config.schema import DecodeConfig, DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig
+from speechtx.config.schema import DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import beam_search
 

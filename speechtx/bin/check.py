@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from speechtx.config.errors import SpeechtxError
 
 if TYPE_CHECKING:
-    from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
+    from speechtx.config.decode import DecodeConfig
+    from speechtx.config.schema import FbankConfig, TrainConfig
 
 GIB = 1 << 30
 PACKAGES = (
@@ -101,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
 
 def load_all(args: argparse.Namespace) -> tuple[Configs, list[Finding]]:
     """Reads every YAML file, and goes on after a wrong one, so that all mistakes are seen at once."""
+    from speechtx.config.decode import DecodeConfig
     from speechtx.config.load import load_config
-    from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
+    from speechtx.config.schema import FbankConfig, TrainConfig
 
     findings: list[Finding] = []
     train = fbank = None

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if args.merge and args.job is not None:
         raise ConfigError("--merge and --job exclude each other")
     if not args.merge:
+        from speechtx.config.decode import DecodeConfig
         from speechtx.config.load import load_config, parse_config
-        from speechtx.config.schema import DecodeConfig
         from speechtx.experiment.experiment import Experiment
         from speechtx.search.decode_dir import choose_device
 

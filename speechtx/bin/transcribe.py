@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     import logging
     import sys
 
+    from speechtx.config.decode import DecodeConfig
     from speechtx.config.errors import AudioError, ConfigError
     from speechtx.config.load import load_config, parse_config
-    from speechtx.config.schema import DecodeConfig
     from speechtx.search.transcribe import load_recognizer
 
     if args.nbest is not None and not args.json:

@@ -2,7 +2,7 @@
 
 A field's default is what you get when the key is absent. Unknown keys are errors. Each experiment has one `train.yaml`
 (`TrainConfig`: tokenizer, features, model, training), one `fbank.yaml` (`FbankConfig`, stored beside the features) and
-one or more `decode.yaml` (`DecodeConfig`).
+one or more `decode.yaml` (`speechtx.config.decode`).
 """
 
 from __future__ import annotations
@@ -255,25 +255,4 @@ class TrainConfig(Section):
     def _agree(self) -> Self:
         if self.model.decoder.layers == 0 and self.training.average.by == "dev_acc":
             raise ValueError("without a decoder there is no dev_acc; write training.average.by: dev_loss")
-        return self
-
-
-# ---------------------------------------------------------------------------------------------------- decoding
-
-
-class DecodeConfig(Section):
-    """The whole of `conf/decode.yaml`."""
-
-    method: Literal["beam", "ctc_greedy"] = "beam"
-    beam: Positive = 10
-    ctc_weight: Fraction = 0.3  # 1.0: CTC prefix scores only; 0.0: attention only
-    length_bonus: float = 0.0  # added per token
-    max_len_ratio: PositiveFloat = 1.0  # hypotheses hold at most this many tokens per encoder frame
-    nbest: Positive = 1
-    frames_per_batch: Positive = 8000
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.nbest > self.beam:
-            raise ValueError(f"nbest {self.nbest} exceeds beam {self.beam}")
         return self

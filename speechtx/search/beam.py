@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError
-from speechtx.config.schema import DecodeConfig
 from speechtx.model.ctc_forward import CtcState
 from speechtx.model.decoder import DecoderState
 from speechtx.model.recognizer import Recognizer

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from speechtx.config.schema import DecodeConfig
+from speechtx.config.decode import DecodeConfig
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import beam_search, check_weights
 from speechtx.search.greedy import ctc_greedy

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from speechtx import __version__
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError, DataError
-from speechtx.config.schema import DecodeConfig
 from speechtx.data.batching import make_batches
 from speechtx.data.kaldi_table import read_utt2spk
 from speechtx.data.loader import FeatureReader, collate

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechtx.config.schema import DecodeConfig
+from speechtx.config.decode import DecodeConfig
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.hypothesis import Hypothesis
 

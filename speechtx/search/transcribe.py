@@ -11,8 +11,8 @@ import numpy as np
 import soundfile
 import torch
 
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import AudioError, ConfigError
-from speechtx.config.schema import DecodeConfig
 from speechtx.experiment.experiment import Experiment
 from speechtx.frontend.audio import load_audio
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError
 from speechtx.config.penalty import AttentionPenaltyConfig, CrossPenaltyConfig
-from speechtx.config.schema import DecodeConfig, DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig
+from speechtx.config.schema import DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import beam_search
 from speechtx.search.greedy import ctc_greedy

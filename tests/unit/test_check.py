@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from speechtx.bin import check, main
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ScoringError
 from speechtx.config.load import load_config, locate
-from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
+from speechtx.config.schema import FbankConfig, TrainConfig
 
 FILES = {
     "train.yaml": "tokenizer: {vocab_size: 30}\nmodel: {encoder: {layers: 2, dim: 32}, decoder: {layers: 1}}\n",

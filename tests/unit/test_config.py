@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError
 from speechtx.config.load import config_hash, dump_config, load_config, parse_config
 from speechtx.config.penalty import PRESETS
-from speechtx.config.schema import DecodeConfig, FbankConfig, TrainConfig
+from speechtx.config.schema import FbankConfig, TrainConfig
 
 GOOD = """\
 seed: 3

@@ -15,10 +15,10 @@ import torch
 
 import speechtx
 from speechtx.bin.main import main
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import AudioError, ConfigError
 from speechtx.config.load import dump_config
 from speechtx.config.schema import (
-    DecodeConfig,
     DecoderConfig,
     EncoderConfig,
     FbankConfig,
