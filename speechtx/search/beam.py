@@ -22,6 +22,7 @@ from speechtx.model.decoder import DecoderState
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.ctc_prefix import CtcPrefixScorer
 from speechtx.search.hypothesis import Hypothesis
+from speechtx.search.scorers import NO_SCORERS, Scorers
 
 _RETIRE_SHARE = 4  # done utterances leave the batch once they are at least one in so many
 
@@ -75,7 +76,9 @@ def check_weights(model: Recognizer, config: DecodeConfig) -> None:
         )
 
 
-def beam_search(model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig) -> list[list[Hypothesis]]:
+def beam_search(
+    model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig, scorers: Scorers = NO_SCORERS
+) -> list[list[Hypothesis]]:
     """Searches a batch of encoded utterances.
 
     The search ends when no live hypothesis can still enter the n best of its utterance, which is exact: CTC prefix and attention
@@ -87,6 +90,7 @@ def beam_search(model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: De
         enc_out: (B, S, D) encoder output.
         enc_lens: (B,) valid frames, each at least 1.
         config: beam, weights, lengths.
+        scorers: language models and hot words that the configuration weighs.
 
     Returns:
         For every utterance at most `config.nbest` hypotheses, best first; none if every score came out as -inf or NaN.

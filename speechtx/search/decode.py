@@ -12,9 +12,12 @@ from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import beam_search, check_weights
 from speechtx.search.greedy import ctc_greedy
 from speechtx.search.hypothesis import Hypothesis
+from speechtx.search.scorers import NO_SCORERS, Scorers
 
 
-def decode_batch(model: Recognizer, feats: Tensor, feat_lens: Tensor, config: DecodeConfig) -> list[list[Hypothesis]]:
+def decode_batch(
+    model: Recognizer, feats: Tensor, feat_lens: Tensor, config: DecodeConfig, scorers: Scorers = NO_SCORERS
+) -> list[list[Hypothesis]]:
     """Recognises a batch of normalised features.
 
     Args:
@@ -22,18 +25,19 @@ def decode_batch(model: Recognizer, feats: Tensor, feat_lens: Tensor, config: De
         feats: (B, T, F) on the model's device.
         feat_lens: (B,) frames, each enough for at least one subsampled frame.
         config: `conf/decode.yaml`.
+        scorers: language models and hot words that the configuration weighs.
 
     Returns:
         For every utterance its n best without text, best first (greedy: one); none where the model's output is not finite.
 
     Raises:
-        ConfigError: the model has no decoder, and the search needs one.
+        ConfigError: the search needs a decoder or a scorer that is not there.
     """
     check_weights(model, config)
     with torch.inference_mode():
         enc_out, enc_lens = model.encode(feats, feat_lens)
         if config.method == "beam":
-            return beam_search(model, enc_out, enc_lens, config)
+            return beam_search(model, enc_out, enc_lens, config, scorers)
         log_probs = model.ctc_log_probs(enc_out)
         best = ctc_greedy(log_probs, enc_lens, blank_id=model.blank_id, sos_eos_id=model.sos_eos_id)
         return [[hypothesis] if math.isfinite(hypothesis.score) else [] for hypothesis in best]

@@ -11,15 +11,20 @@ from typing import Any
 class Hypothesis:
     """One finished hypothesis of one utterance with the parts of its score.
 
-    Beam search: score = (1 - ctc_weight) * att + ctc_weight * ctc + length_bonus. CTC greedy: score = ctc, the log-probability of
-    the best path (a lower bound of the text's).
+    Beam search: score = (1 - ctc_weight) * att + ctc_weight * ctc + lm_weight * lm + ngram_weight * ngram + hot_words
+    + coverage_weight * coverage + length_bonus, all over (tokens + 1) ** length_normalization. CTC greedy: score = ctc, the
+    log-probability of the best path (a lower bound of the text's). A part that the search did not use is None.
 
     Attributes:
         tokens: token ids without blank and without start and end of sentence.
         score: what hypotheses are ranked by, natural logarithm.
-        ctc: log P_ctc(tokens | audio); None where the search did not use CTC.
-        att: log P_att(tokens, end | audio); None where the search did not use the decoder.
+        ctc: log P_ctc(tokens | audio).
+        att: log P_att(tokens, end | audio).
         length_bonus: the configured bonus times the number of tokens.
+        lm: log P_lm(tokens, end).
+        ngram: the same of the n-gram language model.
+        hot_words: sum of the bonuses for hot words.
+        coverage: encoder frames that the decoder attended to.
         text: the tokens as text; empty until `with_text` fills it in.
     """
 
@@ -28,6 +33,10 @@ class Hypothesis:
     ctc: float | None = None
     att: float | None = None
     length_bonus: float = 0.0
+    lm: float | None = None
+    ngram: float | None = None
+    hot_words: float | None = None
+    coverage: float | None = None
     text: str = ""
 
     def with_text(self, decode: Callable[[list[int]], str]) -> Hypothesis:
