@@ -13,6 +13,7 @@ from speechtx.search.beam import beam_search, check_weights
 from speechtx.search.greedy import ctc_greedy
 from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.scorers import NO_SCORERS, Scorers
+from speechtx.search.scorers import NO_SCORERS, Scorers
 
 
 def decode_batch(
@@ -25,19 +26,27 @@ def decode_batch(
         feats: (B, T, F) on the model's device.
         feat_lens: (B,) frames, each enough for at least one subsampled frame.
         config: `conf/decode.yaml`.
-        scorers: language models and hot words that the configuration weighs.
+        scorers: what has a weight there, see `load_scorers`.
 
     Returns:
         For every utterance its n best without text, best first (greedy: one); none where the model's output is not finite.
 
     Raises:
-        ConfigError: the search needs a decoder or a scorer that is not there.
+        ConfigError: the model has no decoder, and the search needs one; a weight without its scorer.
     """
-    check_weights(model, config)
     with torch.inference_mode():
         enc_out, enc_lens = model.encode(feats, feat_lens)
+        return decode_encoded(model, enc_out, enc_lens, config, scorers)
+
+
+def decode_encoded(
+    model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig, scorers: Scorers = NO_SCORERS
+) -> list[list[Hypothesis]]:
+    """The search alone, from the encoder's output (B, S, D) and its lengths (B,); see `decode_batch`."""
+    check_weights(model, config)
+    with torch.inference_mode():
         if config.method == "beam":
-            return beam_search(model, enc_out, enc_lens, config, scorers)
+            return beam_search(model, enc_out, enc_lens, config)
         log_probs = model.ctc_log_probs(enc_out)
         best = ctc_greedy(log_probs, enc_lens, blank_id=model.blank_id, sos_eos_id=model.sos_eos_id)
         return [[hypothesis] if math.isfinite(hypothesis.score) else [] for hypothesis in best]
