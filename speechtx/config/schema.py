@@ -87,10 +87,18 @@ class Attention2dConfig(Section):
 
 
 class SubsamplingConfig(Section):
-    """Two 3x3 convolutions of stride 2 in time and frequency, then a linear layer to the model's width."""
+    """Convolutions that shorten the features, then a linear layer to the model's width (`speechtx.model.subsampling`)."""
 
+    type: Literal["conv2d", "separable", "conv1d"] = "conv2d"  # in time and frequency, split by channel, or over time alone
+    factor: Literal[4, 6, 8] = 4  # feature frames for one encoder frame
     channels: Positive = 256
     attention_2d: Attention2dConfig = Attention2dConfig()
+
+    @model_validator(mode="after")
+    def _maps(self) -> Self:
+        if self.attention_2d.modules and self.type == "conv1d":
+            raise ValueError("attention_2d needs maps of time and frequency, which type conv1d has not; use conv2d or separable")
+        return self
 
 
 class EncoderConfig(Section):
@@ -124,8 +132,13 @@ class EncoderConfig(Section):
 
 
 class DecoderConfig(Section):
-    """Transformer decoder (pre-norm); its width is the encoder's. `layers: 0` trains CTC alone."""
+    """Transformer decoder (pre-norm); its width is the encoder's. `layers: 0` trains CTC alone.
 
+    attention: predicts token after token from those before. mask_ctc: predicts hidden tokens from all others, to correct what
+    CTC is not sure of in a few passes (Higuchi et al., Interspeech 2020); for decoding with `method: mask_ctc`.
+    """
+
+    type: Literal["attention", "mask_ctc"] = "attention"
     layers: NonNegative = 6
     heads: Positive = 4
     ff_dim: Positive = 2048
@@ -155,6 +168,7 @@ class ModelConfig(Section):
             raise ValueError("decoder.layers 0 needs ctc_weight 1.0")
         if self.decoder.layers and self.ctc_weight == 1.0:
             raise ValueError("ctc_weight 1.0 would never train the decoder; set decoder.layers: 0")
+        self._check_mask_ctc()
         self._check_plain_attention()
         penalty = self.attention_penalty
         check_site(penalty.encoder_self, "encoder_self", num_layers=self.encoder.layers, num_heads=self.encoder.heads)
@@ -170,6 +184,20 @@ class ModelConfig(Section):
                 "trains; use axis monotonic, rate or lower_layer, or a ctc_weight above 0"
             )
         return self
+
+    def _check_mask_ctc(self) -> None:
+        if self.decoder.type != "mask_ctc":
+            return
+        if self.decoder.layers == 0:
+            raise ValueError("decoder.type mask_ctc needs a decoder, but decoder.layers is 0")
+        if self.ctc_weight == 0.0:
+            raise ValueError("decoder.type mask_ctc corrects the CTC output, which ctc_weight 0 never trains")
+        cross = self.attention_penalty.cross
+        if cross.shape != "none" and cross.axis == "ctc_prefix":
+            raise ValueError(
+                "attention_penalty.cross: axis ctc_prefix follows the tokens before each position, which decoder.type mask_ctc "
+                "may have hidden; use axis ctc_count, uniform, rate, monotonic or lower_layer"
+            )
 
     def _check_plain_attention(self) -> None:
         """Relative positions and relu weights are computed with the penalty as one dense bias."""
@@ -216,6 +244,15 @@ class AverageConfig(Section):
     by: Literal["dev_acc", "dev_loss", "last"] = "dev_acc"
 
 
+class ConsistencyConfig(Section):
+    """CR-CTC (Yao et al., ICLR 2025): each utterance is trained on in two SpecAugment views whose CTC outputs are to agree.
+
+    A batch of N utterances then has 2N rows; frames_per_batch counts an utterance once, so a step needs twice time and memory.
+    """
+
+    weight: PositiveFloat = 0.2  # of the divergence of the views, beside CTC's 1
+
+
 class TrainingConfig(Section):
     epochs: Positive = 100
     frames_per_batch: Positive = 16000  # feature frames including padding, per process and forward pass
@@ -225,6 +262,7 @@ class TrainingConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     specaugment: SpecAugmentConfig | None = SpecAugmentConfig()
+    consistency: ConsistencyConfig | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it, else float32
     max_nonfinite_steps: NonNegative = 10  # steps skipped for NaN/Inf before training stops with an error
     min_frames: Positive = 10  # shorter and longer utterances are listed and left out of training
@@ -255,4 +293,6 @@ class TrainConfig(Section):
     def _agree(self) -> Self:
         if self.model.decoder.layers == 0 and self.training.average.by == "dev_acc":
             raise ValueError("without a decoder there is no dev_acc; write training.average.by: dev_loss")
+        if self.training.consistency is not None and self.model.ctc_weight == 0.0:
+            raise ValueError("training.consistency compares CTC outputs, which model.ctc_weight 0 never trains")
         return self

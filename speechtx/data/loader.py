@@ -20,7 +20,7 @@ from speechtx.config.schema import FeaturesConfig, SpecAugmentConfig
 from speechtx.data.ark import read_matrix, read_scp
 from speechtx.data.manifest import Utterance
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
-from speechtx.frontend.specaugment import spec_augment
+from speechtx.frontend.specaugment import spec_augment, spec_augment_views
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Corpus(Dataset[Batch | DataError]):
         reader: reads and normalises features.
         specaugment: masks to draw, None for none.
         seed: of the masks.
+        views: how many times each utterance is in a batch, masked anew each time but with the same time warp. A batch of N
+            utterances has views * N rows: all utterances in their first view, then all in their second.
     """
 
     def __init__(
@@ -119,12 +121,14 @@ class Corpus(Dataset[Batch | DataError]):
         reader: FeatureReader,
         specaugment: SpecAugmentConfig | None = None,
         seed: int = 0,
+        views: int = 1,
     ) -> None:
         self.utterances = utterances
         self.tokens = tokens
         self.reader = reader
         self.specaugment = specaugment
         self.seed = seed
+        self.views = views
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -143,17 +147,26 @@ class Corpus(Dataset[Batch | DataError]):
         Raises:
             DataError: see `FeatureReader`.
         """
+        loaded = [self._features(i) for i in indices]
         return collate(
-            [self.utterances[i].id for i in indices],
-            [self._features(i) for i in indices],
-            [self.tokens[i] for i in indices],
+            [self.utterances[i].id for i in indices] * self.views,
+            [views[number] for number in range(self.views) for views in loaded],
+            [self.tokens[i] for i in indices] * self.views,
         )
 
-    def _features(self, index: int) -> np.ndarray:
+    def _features(self, index: int) -> list[np.ndarray]:
+        """The views of one utterance."""
         feats = self.reader(self.utterances[index])
         if self.specaugment is None:
-            return feats
-        return spec_augment(feats, self.specaugment, np.random.default_rng([self.seed, self.epoch, index]))
+            return [feats] * self.views
+        rng = self._generator(index)
+        if self.views == 1:
+            return [spec_augment(feats, self.specaugment, rng)]
+        return spec_augment_views(feats, self.specaugment, rng, [self._generator(index, 1 + v) for v in range(self.views)])
+
+    def _generator(self, *where: int) -> np.random.Generator:
+        """Of the utterance `where[0]` in this epoch; a further number above 0 gives another stream (0 would give the same)."""
+        return np.random.default_rng([self.seed, self.epoch, *where])
 
     def at_epoch(self, epoch: int) -> Corpus:
         """This corpus with the masks of the given epoch."""

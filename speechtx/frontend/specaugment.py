@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from speechtx.config.schema import SpecAugmentConfig
@@ -18,8 +20,22 @@ def spec_augment(feats: np.ndarray, config: SpecAugmentConfig, rng: np.random.Ge
     Returns:
         (T, F), a new array; masked cells are 0.
     """
-    augmented = _time_warp(feats, config.time_warp, rng)
-    num_frames, num_bins = feats.shape
+    return mask_bands(warp_time(feats, config.time_warp, rng), config, rng)
+
+
+def spec_augment_views(
+    feats: np.ndarray, config: SpecAugmentConfig, rng: np.random.Generator, view_rngs: Sequence[np.random.Generator]
+) -> list[np.ndarray]:
+    """Augments one utterance once for each of `view_rngs`: one time warp of `rng` for all, so that frames correspond, and masks
+    of their own (Yao et al. 2025, section 3.2). Arguments and results as of `spec_augment`.
+    """
+    warped = warp_time(feats, config.time_warp, rng)
+    return [mask_bands(warped.copy(), config, view_rng) for view_rng in view_rngs]
+
+
+def mask_bands(augmented: np.ndarray, config: SpecAugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Sets the bands of frequency and of time to 0, in place."""
+    num_frames, num_bins = augmented.shape
     for start, stop in _bands(num_bins, config.num_freq_masks, config.freq_mask_width, rng):
         augmented[:, start:stop] = 0.0
     widest = min(config.time_mask_width, int(config.time_mask_max_ratio * num_frames))
@@ -38,8 +54,8 @@ def _bands(size: int, number: int, widest: int, rng: np.random.Generator) -> lis
     return bands
 
 
-def _time_warp(feats: np.ndarray, window: int, rng: np.random.Generator) -> np.ndarray:
-    """Moves one frame by up to `window` frames and stretches both sides linearly; the ends and the length stay.
+def warp_time(feats: np.ndarray, window: int, rng: np.random.Generator) -> np.ndarray:
+    """A copy with one frame moved by up to `window` frames, and both sides stretched linearly; the ends and the length stay.
 
     The paper's warp of one point along the time axis, by linear interpolation between frames.
     """

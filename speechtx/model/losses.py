@@ -18,7 +18,7 @@ class Losses:
     """Sums over the batch, as tensors on its device, so that batches and processes add up exactly; divide by num_tokens last.
 
     Attributes:
-        total: differentiable, ctc_weight * ctc + (1 - ctc_weight) * att.
+        total: differentiable, ctc_weight * ctc + (1 - ctc_weight) * att, and what regularisers add in training.
         ctc: negative log-likelihood in nats, detached.
         att: label-smoothed cross entropy in nats, detached; 0 without a decoder.
         num_tokens: int64, tokens plus one end of sentence per utterance.
@@ -55,6 +55,23 @@ def ctc_loss(log_probs: Tensor, enc_lens: Tensor, tokens: Tensor, token_lens: Te
     )
 
 
+def consistency_loss(log_probs: Tensor, enc_lens: Tensor) -> Tensor:
+    """Summed divergence of the CTC outputs of two views of the same utterances (Yao et al. 2025, equation 4).
+
+    Each view learns from the other, D(sg(b) || a) + D(sg(a) || b) in every frame: no gradient flows into the distribution that
+    teaches. Half of this is the paper's loss; the other half is in the number of tokens, which counts both views too.
+
+    Args:
+        log_probs: (2N, S, V) float32, rows n and N + n being two views of utterance n.
+        enc_lens: (2N,) valid frames.
+    """
+    valid = torch.arange(log_probs.shape[1], device=log_probs.device) < enc_lens[: len(enc_lens) // 2].unsqueeze(1)
+    first, second = (view[valid] for view in log_probs.chunk(2))
+    return F.kl_div(first, second.detach(), reduction="sum", log_target=True) + F.kl_div(
+        second, first.detach(), reduction="sum", log_target=True
+    )
+
+
 def decoder_targets(tokens: Tensor, token_lens: Tensor, *, sos_eos_id: int) -> tuple[Tensor, Tensor]:
     """Input <sos> y_1 .. y_U and target y_1 .. y_U <eos> of the decoder.
 
@@ -73,7 +90,55 @@ def decoder_targets(tokens: Tensor, token_lens: Tensor, *, sos_eos_id: int) -> t
     return tokens_in, targets
 
 
-def attention_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float) -> tuple[Tensor, Tensor]:
+def draw_hidden(token_lens: Tensor, size: int) -> Tensor:
+    """Which tokens a training step hides: of U, a number uniform in 1 .. U, drawn anywhere alike (Ghazvininejad et al. 2019).
+
+    Draws from the generator that dropout draws from, of token_lens' device; the trainer seeds it anew for every batch.
+
+    Args:
+        token_lens: (B,) U of each utterance; of none, none is hidden.
+        size: padded length.
+
+    Returns:
+        (B, size) bool, True where hidden.
+    """
+    device = token_lens.device
+    count = (torch.rand(len(token_lens), device=device) * token_lens).long() + 1
+    order = torch.rand(len(token_lens), size, device=device).masked_fill(~_valid(token_lens, size), 2.0)
+    rank = order.argsort(dim=1).argsort(dim=1)
+    return rank < torch.minimum(count, token_lens).unsqueeze(1)  # float32 may round up to U
+
+
+def hidden_targets(tokens: Tensor, token_lens: Tensor, hidden: Tensor, *, blank_id: int) -> tuple[Tensor, Tensor]:
+    """Input and target of a decoder that fills in hidden tokens.
+
+    Args:
+        tokens: (B, U) int64; padding may be any value.
+        token_lens: (B,).
+        hidden: (B, U) bool, no padding among them.
+        blank_id: stands for what is hidden, and for padding.
+
+    Returns:
+        tokens_in (B, U), and targets (B, U), IGNORE where nothing is hidden.
+    """
+    shown = _valid(token_lens, tokens.shape[1]) & ~hidden
+    return tokens.masked_fill(~shown, blank_id), tokens.masked_fill(~hidden, IGNORE)
+
+
+def every_other(token_lens: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """What evaluation hides, in two passes: tokens 0, 2, ... and then 1, 3, ..., so that each is asked for once; (B, size) bool."""
+    valid = _valid(token_lens, size)
+    even = torch.arange(size, device=token_lens.device) % 2 == 0
+    return valid & even, valid & ~even
+
+
+def _valid(token_lens: Tensor, size: int) -> Tensor:
+    return torch.arange(size, device=token_lens.device) < token_lens.unsqueeze(1)
+
+
+def attention_loss(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Summed label-smoothed cross entropy (Szegedy et al. 2016, section 7) and the number of right argmaxes.
 
     The smoothed target is (1 - e) on the right token plus e / V on every token, as in the paper and in PyTorch.
@@ -82,11 +147,16 @@ def attention_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float) -
         logits: (B, U, V).
         targets: (B, U) int64, IGNORE where padded.
         label_smoothing: e.
+        weights: (B,) how many times an utterance counts; None: once.
 
     Returns:
-        the loss (float32 scalar) and an int64 scalar.
+        the loss (float32 scalar), and an int64 scalar, float32 with weights.
     """
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
-    )
-    return loss, (logits.argmax(dim=-1) == targets).sum()
+    classes, right = logits.flatten(0, 1).float(), logits.argmax(dim=-1) == targets
+    if weights is None:
+        loss = F.cross_entropy(classes, targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
+        return loss, right.sum()
+    losses = F.cross_entropy(
+        classes, targets.flatten(), ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing
+    ).view_as(targets)
+    return (losses.sum(dim=1) * weights).sum(), (right.sum(dim=1) * weights).sum()

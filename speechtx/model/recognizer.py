@@ -7,11 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.attention.site import AttentionPenalty
-from speechtx.config.schema import ModelConfig
+from speechtx.config.schema import ConsistencyConfig, ModelConfig
 from speechtx.model.decoder import Decoder
 from speechtx.model.encoder import Encoder
-from speechtx.model.losses import Losses, attention_loss, ctc_loss, decoder_targets
-from speechtx.model.subsampling import SUBSAMPLING_FACTOR, Subsampling
+from speechtx.model.losses import (
+    Losses,
+    attention_loss,
+    consistency_loss,
+    ctc_loss,
+    decoder_targets,
+    draw_hidden,
+    every_other,
+    hidden_targets,
+)
+from speechtx.model.subsampling import Subsampling, TimeSubsampling
 
 
 class Recognizer(nn.Module):
@@ -39,7 +48,7 @@ class Recognizer(nn.Module):
             penalty=penalty.encoder_self,
             num_mel_bins=num_mel_bins,
             backend=penalty.backend,
-            frame_ms=SUBSAMPLING_FACTOR * frame_shift_ms,
+            frame_ms=config.encoder.subsampling.factor * frame_shift_ms,
         )
         self.decoder: Decoder | None = None
         if config.decoder.layers:
@@ -68,7 +77,15 @@ class Recognizer(nn.Module):
         """enc_out (B, S, D) -> log-probabilities (B, S, V), float32."""
         return F.log_softmax(self.ctc(enc_out).float(), dim=-1)
 
-    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Losses:
+    def forward(
+        self,
+        feats: Tensor,
+        feat_lens: Tensor,
+        tokens: Tensor,
+        token_lens: Tensor,
+        *,
+        consistency: ConsistencyConfig | None = None,
+    ) -> Losses:
         """The joint loss of a padded batch.
 
         Args:
@@ -76,19 +93,53 @@ class Recognizer(nn.Module):
             feat_lens: (B,) int64, frames.
             tokens: (B, U) int64 without start or end of sentence; padding may be any value.
             token_lens: (B,) int64.
+            consistency: the batch is two views of B/2 utterances, rows n and B/2 + n, whose CTC outputs are to agree.
         """
         enc_out, enc_lens = self.encode(feats, feat_lens)
         log_probs = self.ctc_log_probs(enc_out)
         ctc = ctc_loss(log_probs, enc_lens, tokens, token_lens, blank_id=self.blank_id)
+        regularised = ctc
+        if consistency is not None:
+            regularised = regularised + consistency.weight * consistency_loss(log_probs, enc_lens)
         num_tokens = (token_lens + 1).sum()
         if self.decoder is None:
             nothing = torch.zeros_like(ctc)
-            return Losses(ctc, ctc.detach(), nothing.detach(), num_tokens, torch.zeros_like(num_tokens))
-        tokens_in, targets = decoder_targets(tokens, token_lens, sos_eos_id=self.sos_eos_id)
-        logits = self.decoder(tokens_in, token_lens + 1, enc_out, enc_lens, ctc_log_probs=log_probs)
-        att, num_correct = attention_loss(logits, targets, label_smoothing=self.config.label_smoothing)
+            return Losses(regularised, ctc.detach(), nothing.detach(), num_tokens, torch.zeros_like(num_tokens))
+        if self.decoder.causal:
+            tokens_in, targets = decoder_targets(tokens, token_lens, sos_eos_id=self.sos_eos_id)
+            logits = self.decoder(tokens_in, token_lens + 1, enc_out, enc_lens, ctc_log_probs=log_probs)
+            att, num_correct = attention_loss(logits, targets, label_smoothing=self.config.label_smoothing)
+        else:
+            num_tokens = token_lens.sum()  # no end of sentence is asked for
+            att, num_correct = self._fill_in(self.decoder, tokens, token_lens, enc_out, enc_lens, log_probs)
         weight = self.config.ctc_weight
-        return Losses(weight * ctc + (1.0 - weight) * att, ctc.detach(), att.detach(), num_tokens, num_correct)
+        return Losses(weight * regularised + (1.0 - weight) * att, ctc.detach(), att.detach(), num_tokens, num_correct)
+
+
+    def _fill_in(
+        self, decoder: Decoder, tokens: Tensor, token_lens: Tensor, enc_out: Tensor, enc_lens: Tensor, log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and right answers of a decoder that is not causal, on hidden tokens.
+
+        Training hides some at random, which then count as many times as makes the sentence whole: the loss is, in expectation
+        over the draws, an upper bound of -log P(tokens | audio), as the mean over all orders of filling in (Uria et al., ICML
+        2014). Evaluation hides each token once.
+        """
+        if tokens.shape[1] == 0:
+            tokens = F.pad(tokens, (0, 1))  # of nothing but empty transcripts, one column of padding
+        weights = None
+        if self.training:
+            passes: tuple[Tensor, ...] = (draw_hidden(token_lens, tokens.shape[1]),)
+            weights = token_lens / passes[0].sum(dim=1).clamp(min=1)
+        else:
+            passes = every_other(token_lens, tokens.shape[1])
+        losses = []
+        for hidden in passes:
+            tokens_in, targets = hidden_targets(tokens, token_lens, hidden, blank_id=self.blank_id)
+            logits = decoder(tokens_in, token_lens, enc_out, enc_lens, ctc_log_probs=log_probs)
+            losses.append(attention_loss(logits, targets, label_smoothing=self.config.label_smoothing, weights=weights))
+        att, num_correct = (torch.stack(parts).sum() for parts in zip(*losses, strict=True))
+        return att, num_correct
 
 
 def initialise(model: nn.Module) -> None:
@@ -98,7 +149,7 @@ def initialise(model: nn.Module) -> None:
     as one layer of three times the width, which makes attention start flatter. Embeddings are normal with variance 1/D, so that
     they have unit variance after the sqrt(D) of the positions. The convolutional front end keeps its own (see `Subsampling`).
     """
-    front_end = {m for part in model.modules() if isinstance(part, Subsampling) for m in part.modules()}
+    front_end = {m for part in model.modules() if isinstance(part, Subsampling | TimeSubsampling) for m in part.modules()}
     for module in model.modules():
         if module in front_end:
             continue

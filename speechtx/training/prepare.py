@@ -195,6 +195,7 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
                 reader=reader,
                 specaugment=config.training.specaugment if name == "train" else None,
                 seed=config.seed,
+                views=2 if config.training.consistency is not None and name == "train" else 1,
             )
         )
     return corpora[0], corpora[1], notes

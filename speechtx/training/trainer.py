@@ -129,7 +129,7 @@ class Trainer:
 
     def train_step(self, group: list[list[int]], batches: Iterator[Batch], lr: float) -> None:
         """One optimiser step over a group of batches, of which this process takes every `world.size`-th."""
-        tokens = sum(len(self.train_corpus.tokens[i]) + 1 for batch in group for i in batch)
+        tokens = self.train_corpus.views * sum(len(self.train_corpus.tokens[i]) + 1 for batch in group for i in batch)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
         self.model.at_step(self.step)
         for position in range(self.world.rank, len(group), self.world.size):
@@ -220,7 +220,8 @@ class Trainer:
         if self.precision != torch.float32:
             autocast = torch.autocast(self.world.device.type, dtype=self.precision)
         with autocast:
-            return self.model(batch.feats, batch.feat_lens, batch.tokens, batch.token_lens)
+            consistency = self.train_config.consistency if self.model.training else None
+            return self.model(batch.feats, batch.feat_lens, batch.tokens, batch.token_lens, consistency=consistency)
 
     def groups(self) -> list[list[list[int]]]:
         """The epoch's batches, grouped into optimiser steps: accum_steps batches for each process."""

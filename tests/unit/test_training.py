@@ -24,6 +24,9 @@ from speechtx.training.optim import build_optimizer, learning_rate
 from speechtx.training.prepare import TrainingData, only_one_training
 from speechtx.training.train import train
 
+# Every option that draws random numbers or keeps a state of its own.
+REGULARISERS = ["training.consistency.weight=0.2"]
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
@@ -82,11 +85,17 @@ def test_a_tiny_model_learns_and_the_experiment_can_be_opened_again(data: Traini
     assert "epoch 12/12" in (exp / "train.log").read_text()
 
 
-@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("steps", "overrides"),
+    [(1, []), (4, []), (7, []), (4, REGULARISERS)],
+    ids=["1", "4", "7", "4-with-every-regulariser"],
+)
 def test_killed_and_continued_training_ends_with_the_same_bits(
-    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, overrides: list[str]
 ) -> None:
-    config = tiny_config("training.checkpoint_minutes=1e-9", "training.accum_steps=2", "training.frames_per_batch=400")
+    config = tiny_config(
+        "training.checkpoint_minutes=1e-9", "training.accum_steps=2", "training.frames_per_batch=400", *overrides
+    )
     train(config, data, tmp_path / "straight")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, steps)
