@@ -123,6 +123,4 @@ def _measure(
 
 
 def _frame_seconds(exp: Experiment) -> float:
-    from speechtx.model.subsampling import SUBSAMPLING_FACTOR
-
-    return SUBSAMPLING_FACTOR * exp.fbank.frame_shift_ms / 1000.0
+    return exp.config.model.encoder.subsampling.factor * exp.fbank.frame_shift_ms / 1000.0

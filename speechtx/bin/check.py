@@ -170,16 +170,17 @@ def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Findi
 
 def check_shapes(train: TrainConfig, fbank: FbankConfig, decode: dict[Path, DecodeConfig]) -> Iterator[Finding]:
     """Limits that would leave the model without a frame, a bin or a decoder."""
-    from speechtx.model.subsampling import subsampled_length
+    from speechtx.model.subsampling import min_frames
 
-    shortest = next(n for n in range(1, 100) if subsampled_length(n) >= 1)
+    front_end = train.model.encoder.subsampling
+    shortest = min_frames(front_end.factor)
     if train.training.min_frames < shortest:
         yield Finding(
             "frames",
             f"training.min_frames {train.training.min_frames}, but subsampling needs {shortest} frames for one of its own",
             f"set training.min_frames to {shortest} or more",
         )
-    if subsampled_length(fbank.num_mel_bins) < 1:
+    if front_end.type != "conv1d" and fbank.num_mel_bins < shortest:
         yield Finding("features", f"num_mel_bins {fbank.num_mel_bins} vanish in subsampling", f"use {shortest} bins or more")
     for path, config in decode.items():
         if train.model.decoder.layers == 0 and config.method == "beam" and config.ctc_weight != 1.0:
@@ -194,9 +195,9 @@ def check_units(train: TrainConfig, fbank: FbankConfig, path: Path, overrides: S
     """Lengths in milliseconds that the subsampling cannot express."""
     from speechtx.config.load import locate
     from speechtx.config.penalty import unit_problem
-    from speechtx.model.subsampling import SUBSAMPLING_FACTOR
 
-    problem = unit_problem(train.model.attention_penalty.encoder_self, SUBSAMPLING_FACTOR * fbank.frame_shift_ms)
+    frame_ms = train.model.encoder.subsampling.factor * fbank.frame_shift_ms
+    problem = unit_problem(train.model.attention_penalty.encoder_self, frame_ms)
     if problem is not None:
         key = f"model.attention_penalty.encoder_self.{problem[0]}"
         yield Finding("units", f"{locate(path, key, overrides)}: {key} {problem[1]}", f"correct {path}, or the --set")

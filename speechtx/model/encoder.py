@@ -15,7 +15,7 @@ from speechtx.model.convolution import ConvolutionModule
 from speechtx.model.dropout import Dropout
 from speechtx.model.norm import make_norm
 from speechtx.model.position import input_position
-from speechtx.model.subsampling import Subsampling, subsampled_length
+from speechtx.model.subsampling import make_subsampling, subsampled_length
 
 
 def length_mask(lens: Tensor, length: int) -> Tensor:
@@ -105,7 +105,7 @@ class ConformerEncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Features to one vector for every four frames.
+    """Features to one vector for every four frames (six or eight, as configured).
 
     Args:
         config: the encoder's shape.
@@ -131,13 +131,7 @@ class Encoder(nn.Module):
         self.attention_penalty = AttentionPenalty(
             penalty, num_layers=config.layers, num_heads=config.heads, backend=backend, spacing=frame_ms
         )
-        self.subsampling = Subsampling(
-            num_mel_bins=num_mel_bins,
-            channels=config.subsampling.channels,
-            dim=config.dim,
-            attention_2d=config.subsampling.attention_2d.modules,
-            attention_2d_channels=config.subsampling.attention_2d.channels,
-        )
+        self.subsampling = make_subsampling(config.subsampling, num_mel_bins=num_mel_bins, dim=config.dim)
         self.position = input_position(config.position, dim=config.dim, dropout=config.positional_dropout)
         layer = ConformerEncoderLayer if config.type == "conformer" else TransformerEncoderLayer
         self.layers = nn.ModuleList(layer(config=config) for _ in range(config.layers))
@@ -154,7 +148,7 @@ class Encoder(nn.Module):
             enc_out (B, S, D) and enc_lens (B,); rows of enc_out behind enc_lens are arbitrary.
         """
         x = self.position(self.subsampling(feats, feat_lens))
-        enc_lens = subsampled_length(feat_lens)
+        enc_lens = subsampled_length(feat_lens, self.subsampling.factor)
         mask = length_mask(enc_lens, x.shape[1])
         for layer, bias in zip(self.layers, self.biases(x, mask), strict=True):
             x = layer(x, bias=bias, mask=mask)

@@ -89,7 +89,7 @@ class Transcriber:
         """
         name = "samples" if isinstance(audio, tuple) else os.fspath(audio)
         feats = self.features(audio)
-        if subsampled_length(len(feats)) < 1:
+        if subsampled_length(len(feats), self.exp.config.model.encoder.subsampling.factor) < 1:
             raise AudioError(f"{name}: {len(feats)} feature frames are too short for the model's subsampling")
         batch = torch.from_numpy(feats).unsqueeze(0).to(self.device)
         (nbest,) = decode_batch(self.model, batch, torch.tensor([len(feats)], device=self.device), self.decode)

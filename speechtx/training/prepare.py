@@ -23,7 +23,7 @@ import speechtx
 from speechtx.config.atomic import replacing, write_text
 from speechtx.config.errors import TrainingError
 from speechtx.config.load import dump_config, load_config
-from speechtx.config.schema import FbankConfig, TrainConfig, TrainingConfig
+from speechtx.config.schema import FbankConfig, TrainConfig
 from speechtx.data.loader import Corpus, FeatureReader
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
 from speechtx.experiment.experiment import Experiment
@@ -53,19 +53,20 @@ class Selection:
     left_out: list[tuple[str, str]]
 
 
-def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, config: TrainingConfig) -> Selection:
+def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, config: TrainConfig) -> Selection:
     """Leaves out what is too short or too long, has no text, or what CTC could not emit in its frames."""
     kept: list[Utterance] = []
     tokens: list[list[int]] = []
     left_out: list[tuple[str, str]] = []
+    limits = config.training
     for utterance in utterances:
         ids = tokenizer.encode(utterance.text)
-        frames, needed = subsampled_length(utterance.num_frames), ctc_min_frames(ids)
+        frames, needed = subsampled_length(utterance.num_frames, config.model.encoder.subsampling.factor), ctc_min_frames(ids)
         if not ids:
             left_out.append((utterance.id, "empty transcript"))
-        elif not config.min_frames <= utterance.num_frames <= config.max_frames:
+        elif not limits.min_frames <= utterance.num_frames <= limits.max_frames:
             left_out.append(
-                (utterance.id, f"{utterance.num_frames} frames, allowed are {config.min_frames} to {config.max_frames}")
+                (utterance.id, f"{utterance.num_frames} frames, allowed are {limits.min_frames} to {limits.max_frames}")
             )
         elif frames < needed:
             left_out.append(
@@ -174,7 +175,7 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
             data_dir=directory,
         )
         manifest = load_manifest(directory)
-        selection = select_utterances(manifest, experiment.tokenizer, config.training)
+        selection = select_utterances(manifest, experiment.tokenizer, config)
         report = exp / f"left_out_{name}.txt"
         write_text(report, "".join(f"{key} {why}\n" for key, why in selection.left_out))
         if not selection.utterances:
