@@ -13,7 +13,6 @@ from speechtx.search.beam import beam_search, check_weights
 from speechtx.search.greedy import ctc_greedy
 from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.scorers import NO_SCORERS, Scorers
-from speechtx.search.scorers import NO_SCORERS, Scorers
 
 
 def decode_batch(

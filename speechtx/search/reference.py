@@ -1,21 +1,27 @@
 """The beam search of `speechtx.search.beam` written plainly: one utterance, one hypothesis, one extension at a time.
 
-No caches and no batches: the decoder reads every prefix from its start, and CTC scores come from the textbook forward algorithm,
-run from the first frame for every single extension. Slow on purpose; tests tie the fast search to it.
+No caches and no batches: decoder and language models read every prefix from its start, and CTC scores come from the textbook
+forward algorithm, run from the first frame for every single extension. Slow on purpose; tests tie the fast search to it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from speechtx.attention.kernels import attention_weights
+from speechtx.attention.multihead import split_heads
 from speechtx.config.decode import DecodeConfig
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.hypothesis import Hypothesis
+from speechtx.search.scorers import NO_SCORERS, Scorers
 
 
 def ctc_log_prob(log_probs: np.ndarray, labels: Sequence[int], *, blank_id: int, prefix: bool) -> float:
@@ -55,63 +61,117 @@ def ctc_log_prob(log_probs: np.ndarray, labels: Sequence[int], *, blank_id: int,
     return arrivals if prefix else _log_add(*alpha[-2:])
 
 
-def reference_search(model: Recognizer, enc_out: Tensor, config: DecodeConfig) -> list[Hypothesis]:
-    """Searches one utterance; the counterpart of one row of `beam_search`.
+def reference_search(model: Recognizer, enc_out: Tensor, config: DecodeConfig, scorers: Scorers = NO_SCORERS) -> list[Hypothesis]:
+    """Searches one utterance to its greatest length; the counterpart of one row of `beam_search`.
 
     Args:
         model: in evaluation mode.
         enc_out: (S, D) encoder output without padding.
-        config: as for `beam_search`.
+        config: as for `beam_search`; with `end_detection: exact`.
+        scorers: as for `beam_search`.
 
     Returns:
         At most `config.nbest` hypotheses, best first.
     """
-    end = model.sos_eos_id
-    ctc = model.ctc_log_probs(enc_out.unsqueeze(0))[0].detach().double().numpy() if config.ctc_weight > 0 else None
+    search = _Reference(model=model, enc_out=enc_out, config=config, scorers=scorers)
+    min_len = int(len(enc_out) * config.min_len_ratio)
     max_len = max(1, int(len(enc_out) * config.max_len_ratio))
-    active = [Hypothesis(tokens=(), score=0.0, ctc=None if ctc is None else 0.0, att=None if config.ctc_weight == 1 else 0.0)]
+    active = [search.scored((), ended=False)]
     finished: list[Hypothesis] = []
     for length in range(max_len + 1):
         extensions: list[tuple[Hypothesis, bool]] = []
         for hypothesis in active:
-            att = _next_log_probs(model, enc_out, hypothesis.tokens) if config.ctc_weight < 1 else None
-            for token in range(model.sos_eos_id + 1):
-                if token == model.blank_id or (length == max_len and token != end):
-                    continue
-                extensions.append((_extend(hypothesis, token, att, ctc, model, config), token == end))
+            tokens = hypothesis.tokens
+            if length >= min_len:
+                extensions.append((search.scored(tokens, ended=True), True))
+            for token in range(model.sos_eos_id):
+                longer = (*tokens, token)
+                if token != model.blank_id and length < max_len and not _stutters(longer, config.max_repeats):
+                    extensions.append((search.scored(longer, ended=False), False))
         survivors = [e for e in sorted(extensions, key=lambda e: -e[0].score)[: config.beam] if e[0].score > -math.inf]
         finished += [hypothesis for hypothesis, ended in survivors if ended]
         active = [hypothesis for hypothesis, ended in survivors if not ended]
-    return sorted(finished, key=lambda h: -h.score)[: config.nbest]
+    ranked = [replace(h, score=h.score / (len(h.tokens) + 1) ** config.length_normalization) for h in finished]
+    return sorted(ranked, key=lambda h: -h.score)[: config.nbest]
 
 
-def _extend(
-    hypothesis: Hypothesis, token: int, att: Tensor | None, ctc: np.ndarray | None, model: Recognizer, config: DecodeConfig
-) -> Hypothesis:
-    ended = token == model.sos_eos_id
-    tokens = hypothesis.tokens if ended else (*hypothesis.tokens, token)
-    bonus = config.length_bonus * len(tokens)
-    score = bonus
-    new_att = new_ctc = None
-    if att is not None:
-        assert hypothesis.att is not None
-        new_att = hypothesis.att + float(att[token])
-        score += (1 - config.ctc_weight) * new_att
-    if ctc is not None:
-        new_ctc = ctc_log_prob(ctc, tokens, blank_id=model.blank_id, prefix=not ended)
-        score += config.ctc_weight * new_ctc
-    return Hypothesis(tokens=tokens, score=score, ctc=new_ctc, att=new_att, length_bonus=bonus)
+class _Reference:
+    """Scores any hypothesis of one utterance from nothing but its tokens."""
+
+    def __init__(self, *, model: Recognizer, enc_out: Tensor, config: DecodeConfig, scorers: Scorers) -> None:
+        self.model, self.enc_out, self.config = model, enc_out, config
+        self.scorers = scorers.weighted(config, vocab_size=model.sos_eos_id + 1)
+        self.ctc = model.ctc_log_probs(enc_out.unsqueeze(0))[0].detach().double().numpy() if config.ctc_weight > 0 else None
+        self.run_decoder = functools.cache(self._run_decoder)
+        self.run_scorer = functools.cache(self._run_scorer)
+
+    def scored(self, tokens: tuple[int, ...], *, ended: bool) -> Hypothesis:
+        """The hypothesis with the parts of its score and their weighted sum (before length normalisation)."""
+        config = self.config
+        bonus = config.length_bonus * len(tokens)
+        wanted = (*tokens, self.model.sos_eos_id) if ended else tokens
+        parts: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        if config.ctc_weight < 1:
+            parts["att"] = sum(float(self.run_decoder(wanted[:i])[0][token]) for i, token in enumerate(wanted))
+            weights["att"] = 1 - config.ctc_weight
+            if config.coverage_weight > 0:
+                seen = sum((self.run_decoder(wanted[:i])[1] for i in range(len(wanted))), torch.zeros(len(self.enc_out)))
+                parts["coverage"] = float((seen > config.coverage_threshold).sum())
+                weights["coverage"] = config.coverage_weight
+        if self.ctc is not None:
+            parts["ctc"] = ctc_log_prob(self.ctc, tokens, blank_id=self.model.blank_id, prefix=not ended)
+            weights["ctc"] = config.ctc_weight
+        for index, (name, weight, _) in enumerate(self.scorers):
+            parts[name] = sum(float(self.run_scorer(index, wanted[:i])[token]) for i, token in enumerate(wanted))
+            weights[name] = weight
+        score = bonus + sum(weights[name] * part for name, part in parts.items())
+        fields: dict[str, Any] = {"score": score if not math.isnan(score) else -math.inf, "length_bonus": bonus, **parts}
+        return Hypothesis(tokens=tokens, **fields)
+
+    def _run_decoder(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """What the decoder says after `tokens`, which it reads as a whole.
+
+        Returns:
+            (V,) log-probabilities of the next token, and (S,) where the last layer looked for it, on average over heads.
+        """
+        model, decoder = self.model, self.model.decoder
+        assert decoder is not None
+        tokens_in = torch.tensor([[model.sos_eos_id, *tokens]])
+        lens, frames = torch.tensor([tokens_in.shape[1]]), torch.tensor([len(self.enc_out)])
+        looked: list[Tensor] = []
+
+        def watch(attn: Any, args: Any, kwargs: Any) -> None:
+            query, keys, _ = args
+            looked.append(attention_weights(split_heads(attn.q(query), attn.num_heads), keys, bias=kwargs["bias"]))
+
+        last: Any = decoder.layers[-1]
+        handle = last.cross.register_forward_pre_hook(watch, with_kwargs=True)
+        with torch.inference_mode():
+            log_probs = model.ctc_log_probs(self.enc_out.unsqueeze(0)) if decoder.needs_ctc else None
+            logits = decoder(tokens_in, lens, self.enc_out.unsqueeze(0), frames, ctc_log_probs=log_probs)
+        handle.remove()
+        return logits[0, -1].double().log_softmax(dim=-1), looked[0][0, :, -1].mean(dim=0)
+
+    def _run_scorer(self, index: int, tokens: tuple[int, ...]) -> Tensor:
+        """(V,) what a scorer says of the next token, having read `tokens` one by one."""
+        scorer = self.scorers[index].scorer
+        state = scorer.start(1)
+        with torch.inference_mode():
+            for token in (self.model.sos_eos_id, *tokens):
+                scores, state = scorer.step(torch.tensor([token]), state)
+        return scores[0].double()
 
 
-def _next_log_probs(model: Recognizer, enc_out: Tensor, tokens: Sequence[int]) -> Tensor:
-    """(V,) log-probabilities of the token after `tokens`, from a decoder that reads the whole prefix."""
-    assert model.decoder is not None
-    tokens_in = torch.tensor([[model.sos_eos_id, *tokens]])
-    lens, frames = torch.tensor([tokens_in.shape[1]]), torch.tensor([len(enc_out)])
-    with torch.inference_mode():
-        log_probs = model.ctc_log_probs(enc_out.unsqueeze(0)) if model.decoder.needs_ctc else None
-        logits = model.decoder(tokens_in, lens, enc_out.unsqueeze(0), frames, ctc_log_probs=log_probs)
-    return logits[0, -1].double().log_softmax(dim=-1)
+def _stutters(tokens: Sequence[int], limit: int) -> bool:
+    """Whether the last tokens, any number of them, stand more than `limit` times in a row."""
+    if not limit:
+        return False
+    for period in range(1, len(tokens) // (limit + 1) + 1):
+        unit = tuple(tokens[-period:])
+        if tuple(tokens[-period * (limit + 1) :]) == unit * (limit + 1):
+            return True
+    return False
 
 
 def _log_add(*values: float) -> float:

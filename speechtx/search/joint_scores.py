@@ -1,0 +1,127 @@
+"""Everything that scores the extensions of hypotheses by one token: decoder, CTC, language models, hot words, coverage.
+
+Each is asked once a step for all hypotheses; tensors hold N = B * beam rows, row i belonging to utterance i // beam.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speechtx.config.decode import DecodeConfig
+from speechtx.model.ctc_forward import CtcState
+from speechtx.model.decoder import Decoder, DecoderState
+from speechtx.model.recognizer import Recognizer
+from speechtx.search.beam_state import gather_slots
+from speechtx.search.ctc_prefix import CtcPrefixScorer
+from speechtx.search.scorers import Weighted
+
+
+class JointScores:
+    """The parts of the score with their states, which follow the hypotheses.
+
+    Attributes:
+        names: (P) of the parts, as fields of `Hypothesis`, in the order of every (..., P) tensor.
+        weights: (P,) float64.
+    """
+
+    def __init__(
+        self, *, model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig, scorers: tuple[Weighted, ...]
+    ) -> None:
+        self.batch, self.beam = len(enc_out), config.beam
+        self.end_id = model.sos_eos_id
+        self._threshold = config.coverage_threshold
+        weights: dict[str, float] = {}
+        log_probs = None  # computed once, for the prefix scores and for a penalty whose axis CTC measures
+        self._decoder: Decoder | None = model.decoder if config.ctc_weight < 1 else None
+        if config.ctc_weight > 0 or (self._decoder is not None and self._decoder.needs_ctc):
+            log_probs = model.ctc_log_probs(enc_out)
+        self._decoder_state: DecoderState | None = None
+        self._covered: Tensor | None = None  # (N, S) attention that each frame has had so far
+        if self._decoder is not None:
+            weights["att"] = 1 - config.ctc_weight
+            self._decoder_state = self._decoder.start(enc_out, enc_lens, beam=self.beam, ctc_log_probs=log_probs)
+            if config.coverage_weight > 0:
+                weights["coverage"] = config.coverage_weight
+                self._decoder_state = self._decoder_state.watched()
+                self._covered = enc_out.new_zeros(self.batch * self.beam, enc_out.shape[1], dtype=torch.float32)
+        self._ctc: CtcPrefixScorer | None = None
+        self._ctc_state: CtcState | None = None
+        if config.ctc_weight > 0:
+            assert log_probs is not None
+            weights["ctc"] = config.ctc_weight
+            self._ctc = CtcPrefixScorer(log_probs=log_probs, enc_lens=enc_lens, blank_id=model.blank_id, beam=self.beam)
+            self._ctc_state = self._ctc.start()
+        self._scorers = scorers
+        self._states: list[Any] = [scorer.scorer.start(self.batch * self.beam) for scorer in scorers]
+        weights |= {scorer.name: scorer.weight for scorer in scorers}
+        self.names = tuple(weights)
+        self.weights = torch.tensor(list(weights.values()), dtype=torch.float64, device=enc_out.device)
+        sums = [name not in ("ctc", "coverage") for name in weights]  # the others say what the whole hypothesis has
+        self._sums = torch.tensor(sums, device=enc_out.device)
+        self._new: list[Tensor] = []
+
+    def extend(self, last: Tensor, so_far: Tensor) -> Tensor:
+        """Scores all extensions.
+
+        Args:
+            last: (N,) the tokens that the hypotheses took last.
+            so_far: (B, beam, P) the parts of their scores.
+
+        Returns:
+            (B, beam, V) float64, the weighted sum of all parts for each token; the last column for the end of the sentence.
+        """
+        new: dict[str, Tensor] = {}
+        if self._decoder is not None:
+            assert self._decoder_state is not None
+            new["att"], self._decoder_state = self._decoder.step(last, self._decoder_state)
+            if self._covered is not None:
+                assert self._decoder_state.looked is not None
+                self._covered = self._covered + self._decoder_state.looked
+                new["coverage"] = (self._covered > self._threshold).sum(dim=1, keepdim=True).expand_as(new["att"])
+        if self._ctc is not None:
+            assert self._ctc_state is not None
+            new["ctc"], log_end = self._ctc.score(self._ctc_state)
+            new["ctc"][:, self.end_id] = log_end
+        for i, (name, _, scorer) in enumerate(self._scorers):
+            new[name], self._states[i] = scorer.step(last, self._states[i])
+        self._new = [new[name].view(self.batch, self.beam, -1) for name in self.names]
+        total = (self._kept(so_far) @ self.weights).unsqueeze(2)
+        for weight, scores in zip(self.weights.tolist(), self._new, strict=True):
+            total = total.add(scores, alpha=weight)
+        return total
+
+    def parts_of(self, so_far: Tensor, slots: Tensor, labels: Tensor) -> Tensor:
+        """The parts (B, beam, P) of extensions that `extend` has just scored: labels (B, beam) of the hypotheses in `slots`."""
+        flat = slots * self._new[0].shape[2] + labels
+        new = torch.stack([scores.reshape(self.batch, -1).gather(1, flat).double() for scores in self._new], dim=2)
+        return gather_slots(self._kept(so_far), slots) + new
+
+    def _kept(self, so_far: Tensor) -> Tensor:
+        return torch.where(self._sums, so_far, 0.0)
+
+    def follow(self, rows: Tensor, labels: Tensor) -> None:
+        """Makes row i of all states the hypothesis `rows[i]` after it took `labels[i]`."""
+        if self._decoder_state is not None:
+            self._decoder_state = self._decoder_state.select(rows)
+        if self._covered is not None:
+            self._covered = self._covered[rows]
+        if self._ctc is not None:
+            assert self._ctc_state is not None
+            self._ctc_state = self._ctc.extend(self._ctc_state, rows, labels)
+        self._states = [state.select(rows) for state in self._states]
+
+    def keep(self, utterances: Tensor) -> None:
+        """Drops all utterances but these (int64 indices into B)."""
+        rows = (utterances.unsqueeze(1) * self.beam + torch.arange(self.beam, device=utterances.device)).view(-1)
+        if self._decoder_state is not None:
+            self._decoder_state = self._decoder_state.keep(utterances)
+        if self._covered is not None:
+            self._covered = self._covered[rows]
+        if self._ctc is not None:
+            assert self._ctc_state is not None
+            self._ctc_state = self._ctc.keep(self._ctc_state, utterances)
+        self._states = [state.select(rows) for state in self._states]
+        self.batch = len(utterances)
