@@ -17,12 +17,22 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `speechtx decode`."""
-    parser.add_argument("--exp", type=Path, help="experiment directory with the model")
+    parser.add_argument(
+        "--exp", type=Path, action="append", default=[], help="experiment directory with the model; several are an ensemble"
+    )
     parser.add_argument("--data", type=Path, required=True, help="data directory with features")
     parser.add_argument("--out", type=Path, required=True, help="where results go, for example EXP/decode_test_decode")
     parser.add_argument("--config", type=Path, help="decoding configuration; without it, the defaults")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value")
-    parser.add_argument("--weights", type=Path, help="weights to use (default: EXP/model.pt, the average of stage 5)")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        action="append",
+        default=[],
+        help="weights to use (default: EXP/model.pt, the average of stage 5); several of one --exp are an ensemble",
+    )
+    parser.add_argument("--lm", type=Path, metavar="DIR", help="language model that lm_weight weighs")
+    parser.add_argument("--ngram", type=Path, metavar="PATH", help="language model that ngram_weight weighs, or an ARPA file")
     parser.add_argument("--job", type=int, metavar="J", help="decode the J-th share only, and leave the merge for later")
     parser.add_argument("--num-jobs", type=int, default=1, metavar="N", help="number of shares (default 1)")
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="1: decode on a GPU (default 0)")
@@ -46,11 +56,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.merge:
         from speechtx.config.decode import DecodeConfig
         from speechtx.config.load import load_config, parse_config
-        from speechtx.experiment.experiment import Experiment
         from speechtx.search.decode_dir import choose_device
+        from speechtx.search.system import System
 
-        if args.exp is None:
-            raise ConfigError("--exp is required to decode")
         if args.config is not None:
             config = load_config(args.config, DecodeConfig, args.overrides)
         else:
@@ -58,14 +66,13 @@ def run(args: argparse.Namespace) -> int:
         share_threads(args.num_jobs)
         job = args.job or 1
         results = decode_job(
-            exp=Experiment.open(args.exp),
+            system=System.find(args.exp, weights=args.weights, lm=args.lm, ngram=args.ngram),
             data_dir=args.data,
             config=config,
             out_dir=args.out,
             job=job,
             num_jobs=args.num_jobs,
             device=choose_device(args.ngpu, job),
-            weights=args.weights or args.exp / "model.pt",
         )
         audio, seconds = sum(r.audio_seconds for r in results), sum(r.decode_seconds for r in results)
         if results:

@@ -2,157 +2,118 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from speechtx import __version__
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError, DataError
-from speechtx.data.batching import make_batches
 from speechtx.data.kaldi_table import read_utt2spk
-from speechtx.data.loader import FeatureReader, collate
+from speechtx.data.loader import FeatureReader
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
 from speechtx.experiment.experiment import Experiment
-from speechtx.model.recognizer import Recognizer
-from speechtx.model.subsampling import subsampled_length
-from speechtx.search.beam import check_weights
-from speechtx.search.decode import decode_batch
-from speechtx.search.parts import Decoded, PartWriter, RunKey, merge_parts, read_parts
-
-_MAX_UTTS = 64  # utterances a batch; more gains nothing and costs memory in beam * vocabulary
-_LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
+from speechtx.search.batch_decoder import BatchDecoder
+from speechtx.search.parts import Decoded, PartWriter, RunKey, data_digest, merge_parts, read_parts
+from speechtx.search.progress import Progress
+from speechtx.search.system import System
 
 log = logging.getLogger(__name__)
 
 
 def decode_job(
-    *, exp: Experiment, data_dir: Path, config: DecodeConfig, out_dir: Path, job: int, num_jobs: int, device: str, weights: Path
+    *, system: System, data_dir: Path, config: DecodeConfig, out_dir: Path, job: int, num_jobs: int, device: str
 ) -> list[Decoded]:
     """Decodes the share of one job into `out_dir/parts/JOB.jsonl`; utterances that are there already are not decoded again.
 
-    The share is every num_jobs-th utterance by length, so that jobs take equally long. An utterance that cannot be decoded is
-    logged and gets an empty n-best list with the cause.
+    An utterance that cannot be decoded is logged and gets an empty n-best list with the cause.
 
     Returns:
         What was decoded by this call.
 
     Raises:
-        ConfigError: job out of range, or a search that needs a decoder this model does not have.
+        ConfigError: job out of range, a search that needs a decoder this model does not have, a weight without its model.
         DataError: the data directory has no features, or they were computed otherwise than the model's.
-        ExperimentError: the experiment is incomplete.
+        ExperimentError: the experiment is incomplete, or a language model does not fit it.
     """
-    if not 1 <= job <= num_jobs:
-        raise ConfigError(f"--job {job} is not between 1 and --num-jobs {num_jobs}")
-    fbank = exp.fbank
-    require_same_features(fbank, exp.path, read_fbank_config(data_dir), data_dir)
-    by_length = sorted(load_manifest(data_dir, text=False), key=lambda u: (-u.num_frames, u.id.encode()))
-    reader = FeatureReader(
-        config=exp.config.features, num_mel_bins=fbank.num_mel_bins, global_cmvn=exp.global_cmvn, data_dir=data_dir
-    )
-    model = exp.load_model(weights, device)
-    check_weights(model, config)
+    share = job_share(system.exp, data_dir, job=job, num_jobs=num_jobs)
     part = PartWriter(
         out_dir / "parts" / f"{job}.jsonl",
-        key=RunKey(
-            weights=weights.name,
-            weights_sha256=_sha256(weights),
-            config=config.model_dump(mode="json"),
-            feats_sha256=_sha256(data_dir / "feats.scp"),
-            num_jobs=num_jobs,
-            version=__version__,
-        ),
+        key=run_key(system, config, data_dir, num_jobs),
         device=device,
         threads=torch.get_num_threads(),
     )
-    todo = [utterance for utterance in by_length[job - 1 :: num_jobs] if utterance.id not in part.done]
+    todo = [utterance for utterance in share if utterance.id not in part.done]
     if part.done:
         log.info("job %d: %d utterances are decoded already, %d remain", job, len(part.done), len(todo))
-    decoder = _Decoder(model=model, reader=reader, exp=exp, config=config, device=device)
     results: list[Decoded] = []
     try:
-        for batch in _with_progress(decoder.batches(todo), total=len(todo), name=f"job {job}"):
-            part.write(batch)
-            results += batch
+        if todo:
+            decoder = open_decoder(system, [config], data_dir, device)
+            with Progress(name=f"job {job}", total=len(todo), path=part.path.with_suffix(".progress")) as progress:
+                for (batch,) in decoder.batches(todo):
+                    part.write(batch)
+                    results += batch
+                    progress.add(batch)
     finally:
         part.close()
     return results
+
+
+def job_share(exp: Experiment, data_dir: Path, *, job: int, num_jobs: int) -> list[Utterance]:
+    """Every num_jobs-th utterance by length, so that jobs take equally long.
+
+    Raises:
+        ConfigError: job out of range.
+        DataError: the data directory has no features, or they were computed otherwise than the model's.
+    """
+    if not 1 <= job <= num_jobs:
+        raise ConfigError(f"--job {job} is not between 1 and --num-jobs {num_jobs}")
+    require_same_features(exp.fbank, exp.path, read_fbank_config(data_dir), data_dir)
+    return sorted(load_manifest(data_dir, text=False), key=lambda u: (-u.num_frames, u.id.encode()))[job - 1 :: num_jobs]
+
+
+def run_key(system: System, config: DecodeConfig, data_dir: Path, num_jobs: int) -> RunKey:
+    """What the results of a decoding depend on."""
+    return RunKey(
+        system=system.identify([config]),
+        config=config.model_dump(mode="json"),
+        data_sha256=data_digest(data_dir),
+        num_jobs=num_jobs,
+        version=__version__,
+    )
+
+
+def open_decoder(system: System, configs: Sequence[DecodeConfig], data_dir: Path, device: str) -> BatchDecoder:
+    """Loads model, language models and feature reader."""
+    exp = system.exp
+    reader = FeatureReader(
+        config=exp.config.features, num_mel_bins=exp.fbank.num_mel_bins, global_cmvn=exp.global_cmvn, data_dir=data_dir
+    )
+    model, scorers = system.load(configs, device)
+    return BatchDecoder(model=model, exp=exp, reader=reader, configs=configs, scorers=scorers, device=device)
 
 
 def merge_jobs(*, data_dir: Path, out_dir: Path, num_jobs: int) -> dict[str, Any]:
     """Joins the jobs' parts; see `parts.merge_parts`. Utterances without features are named and get an empty hypothesis.
 
     Raises:
-        DataError: a job has not run, or an utterance of the data directory was not decoded exactly once.
+        DataError: a job has not run, an utterance of the data directory was not decoded exactly once, or none could be decoded.
     """
     parts = read_parts(out_dir, num_jobs)
     with_features = {utterance.id for utterance in load_manifest(data_dir, text=False)}
     without = [utt for utt in read_utt2spk(data_dir / "utt2spk") if utt not in with_features]
     parts[0].results.extend(Decoded(utt, [], 0.0, 0.0, "no features: stage fbank skipped it") for utt in without)
     summary = merge_parts(out_dir, parts=parts, expected=[*with_features, *without], data_dir=str(data_dir))
-    for utt, error in summary["failed"].items():
-        log.warning("%s: not decoded, its hypothesis is empty: %s", utt, error)
+    failed = summary["failed"]
+    if len(failed) == summary["num_utts"]:
+        utt, error = next(iter(failed.items()))
+        raise DataError(f"{out_dir}: not one of {len(failed)} utterances of {data_dir} could be decoded; {utt}: {error}")
     return summary
-
-
-@dataclass
-class _Decoder:
-    """Reads and decodes utterances batch by batch."""
-
-    model: Recognizer
-    reader: FeatureReader
-    exp: Experiment
-    config: DecodeConfig
-    device: str
-
-    def batches(self, utterances: Sequence[Utterance]) -> Iterator[list[Decoded]]:
-        lengths = [utterance.num_frames for utterance in utterances]
-        budget = max([self.config.frames_per_batch, *lengths])
-        for indices in make_batches(lengths, frames_per_batch=budget, max_utts=_MAX_UTTS):
-            yield self._batch([utterances[i] for i in indices])
-
-    def _batch(self, utterances: Sequence[Utterance]) -> list[Decoded]:
-        start = time.perf_counter()
-        readable: list[Utterance] = []
-        feats: list[np.ndarray] = []
-        errors: dict[str, str] = {}
-        for utterance in utterances:
-            try:
-                feats.append(self._features(utterance))
-                readable.append(utterance)
-            except DataError as err:
-                errors[utterance.id] = str(err)
-        found: dict[str, list[Any]] = {}
-        if readable:
-            batch = collate([u.id for u in readable], feats, [[] for _ in readable])
-            nbests = decode_batch(self.model, batch.feats.to(self.device), batch.feat_lens.to(self.device), self.config)
-            found = {
-                utt: [h.with_text(self.exp.tokenizer.decode) for h in nbest] for utt, nbest in zip(batch.ids, nbests, strict=True)
-            }
-            errors |= {utt: "the model's output is not finite" for utt, nbest in found.items() if not nbest}
-        for utt, error in errors.items():
-            log.warning("%s: not decoded, its hypothesis is empty: %s", utt, error)
-        seconds = time.perf_counter() - start
-        frames = sum(utterance.num_frames for utterance in utterances) or 1
-        shift = self.exp.fbank.frame_shift_ms / 1000
-        return [
-            Decoded(u.id, found.get(u.id, []), u.num_frames * shift, seconds * u.num_frames / frames, errors.get(u.id))
-            for u in utterances
-        ]
-
-    def _features(self, utterance: Utterance) -> np.ndarray:
-        if subsampled_length(utterance.num_frames, self.exp.config.model.encoder.subsampling.factor) < 1:
-            raise DataError(f"utterance {utterance.id}: {utterance.num_frames} frames are too short for the model's subsampling")
-        return self.reader(utterance)
 
 
 def choose_device(ngpu: int, job: int = 1) -> str:
@@ -172,23 +133,3 @@ def share_threads(num_jobs: int) -> None:
     """Gives this job its share of the processors, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_jobs))
-
-
-def _with_progress(batches: Iterator[list[Decoded]], *, total: int, name: str) -> Iterator[list[Decoded]]:
-    """A bar with rate and ETA on a terminal; elsewhere a line now and then."""
-    start = reported = time.monotonic()
-    count = 0
-    with tqdm(total=total, desc=name, unit="utt", disable=None, dynamic_ncols=True) as bar:
-        for batch in batches:
-            yield batch
-            count += len(batch)
-            bar.update(len(batch))
-            now = time.monotonic()
-            if bar.disable and now - reported > _LOG_SECONDS:
-                log.info("%s: %d of %d utterances, %.0f s left", name, count, total, (now - start) / count * (total - count))
-                reported = now
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

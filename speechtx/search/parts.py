@@ -6,28 +6,36 @@ it is decoded. A job that starts again keeps the lines of a part that says the s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from speechtx.config.atomic import replacing
 from speechtx.config.errors import DataError
 from speechtx.search.hypothesis import Hypothesis
+from speechtx.search.system import SystemId, sha256
+
+_TABLES = ("feats.scp", "utt2num_frames", "utt2spk", "global_cmvn.ark")  # the statistics change whenever any feature does
 
 
 @dataclass(frozen=True)
 class RunKey:
     """What must be equal for two jobs' results to belong to one decoding."""
 
-    weights: str  # file name
-    weights_sha256: str
+    system: SystemId
     config: dict[str, Any]  # DecodeConfig
-    feats_sha256: str  # of the data directory's feats.scp
+    data_sha256: str  # of the data directory's tables, see `data_digest`
     num_jobs: int
     version: str
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> RunKey:
+        """The inverse of `dataclasses.asdict`."""
+        return RunKey(**{**fields, "system": SystemId.from_json(fields["system"])})
 
 
 @dataclass(frozen=True)
@@ -45,40 +53,56 @@ class Decoded:
         return self.nbest[0].text if self.nbest else ""
 
     def to_json(self) -> dict[str, Any]:
-        fields = {"utt": self.utt, "nbest": [h.to_json() for h in self.nbest], "error": self.error}
-        return {**fields, "audio_seconds": round(self.audio_seconds, 3), "decode_seconds": round(self.decode_seconds, 6)}
+        found = {"utt": self.utt, "nbest": [h.to_json() for h in self.nbest], "error": self.error}
+        return {**found, "audio_seconds": round(self.audio_seconds, 3), "decode_seconds": round(self.decode_seconds, 6)}
 
     @staticmethod
-    def from_json(fields: dict[str, Any]) -> Decoded:
-        return Decoded(**{**fields, "nbest": [Hypothesis.from_json(h) for h in fields["nbest"]]})
+    def from_json(line: dict[str, Any]) -> Decoded:
+        return Decoded(**{**line, "nbest": [Hypothesis.from_json(h) for h in line["nbest"]]})
+
+
+def data_digest(data_dir: Path) -> str:
+    """The digest of what a decoding reads of a data directory; a table that is not there counts as such."""
+    tables = [f"{name} {sha256(data_dir / name) if (data_dir / name).is_file() else '-'}\n" for name in _TABLES]
+    return hashlib.sha256("".join(tables).encode()).hexdigest()
 
 
 class PartWriter:
     """Appends results to one part, continuing it where it was left."""
 
     def __init__(self, path: Path, *, key: RunKey, device: str, threads: int) -> None:
-        """Continues a part, or begins one anew if it is another decoding's; `done` holds the utterances that need no work."""
+        """Continues a part, or begins one anew if it is another decoding's.
+
+        `done` holds the utterances that need no work. Those that failed do: what was in their way, a file that could not be read
+        or memory that was not free, may be gone.
+        """
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         found = read_part(path) if path.is_file() else None
-        self.done: set[str] = set()
-        if found is not None and found.key == key:
-            self.done = {result.utt for result in found.results}
+        kept = [result for result in found.results if result.error is None] if found and found.key == key else []
+        self.done = {result.utt for result in kept}
+        if found is not None and found.key == key and len(kept) == len(found.results):
             os.truncate(path, found.num_bytes)  # a line that a kill broke off
         else:
             header = {"key": asdict(key), "device": device, "threads": threads}
             with replacing(path) as stream:
-                stream.write(json.dumps(header) + "\n")
+                stream.write(json.dumps(header, ensure_ascii=False) + "\n")
+                stream.writelines(map(_line, kept))
         self._stream = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, results: Sequence[Decoded]) -> None:
         """Appends results so that they survive whatever happens to this process or machine next."""
-        self._stream.writelines(json.dumps(result.to_json(), ensure_ascii=False) + "\n" for result in results)
+        self._stream.writelines(map(_line, results))
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self.done.update(result.utt for result in results)
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _line(result: Decoded) -> str:
+    return json.dumps(result.to_json(), ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -103,7 +127,7 @@ def read_part(path: Path) -> Part | None:
     lines = whole.split(b"\n")[:-1]
     try:
         header = json.loads(lines[0])
-        part = Part(RunKey(**header["key"]), header["device"], header["threads"], [], len(whole))
+        part = Part(RunKey.from_json(header["key"]), header["device"], header["threads"], [], len(whole))
     except (IndexError, ValueError, KeyError, TypeError):
         return None
     for number, line in enumerate(lines[1:], start=2):
@@ -129,8 +153,7 @@ def read_parts(out_dir: Path, num_jobs: int) -> list[Part]:
         if part.key.num_jobs != num_jobs:
             raise DataError(f"{path}: made by a decoding in {part.key.num_jobs} jobs, not {num_jobs}; decode again")
         if parts and part.key != parts[0].key:
-            ours, first = asdict(part.key), asdict(parts[0].key)
-            names = ", ".join(name for name in ours if ours[name] != first[name])
+            names = ", ".join(f.name for f in fields(RunKey) if getattr(part.key, f.name) != getattr(parts[0].key, f.name))
             raise DataError(f"{path}: differs from {out_dir}/parts/1.jsonl in {names}; run job {job} again")
         parts.append(part)
     return parts
@@ -157,8 +180,7 @@ def merge_parts(out_dir: Path, *, parts: Sequence[Part], expected: Sequence[str]
     seconds = sum(result.decode_seconds for result in results)
     summary = {
         "data": data_dir,
-        "weights": parts[0].key.weights,
-        "weights_sha256": parts[0].key.weights_sha256,
+        **asdict(parts[0].key.system),  # members (their weights), lm, ngram: paths and SHA-256
         "config": parts[0].key.config,
         "num_utts": len(results),
         "failed": {result.utt: result.error for result in results if result.error},

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from speechtx.data.ark import ArkWriter
 from speechtx.experiment.experiment import Experiment
 from speechtx.frontend.cmvn import CmvnStats
 from speechtx.frontend.fbank import Fbank
+from speechtx.search.hypothesis import Hypothesis
 from speechtx.text.tokenizer import train_tokenizer
 
 FBANK = FbankConfig(num_mel_bins=20)
@@ -316,7 +318,8 @@ def test_json_lists_the_n_best_with_the_parts_of_their_scores(exp, data, capsys)
     nbest = json.loads(line)["nbest"]
     assert len(nbest) == 3
     for h in nbest:
-        assert set(h) == {"text", "tokens", "score", "ctc", "att", "length_bonus"}
+        assert set(h) == {"text", "tokens", *(field.name for field in fields(Hypothesis))}
+        assert h["lm"] is None and h["hot_words"] is None
         assert h["score"] == pytest.approx(0.7 * h["att"] + 0.3 * h["ctc"] + h["length_bonus"], abs=1e-6)
     assert main(["transcribe", str(exp), "--json", "--nbest", "30", str(data / "utt4.wav")]) == 1
     assert "error: options: (top level): nbest 30 exceeds beam 10" in capsys.readouterr().err

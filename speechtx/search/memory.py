@@ -1,0 +1,65 @@
+"""Running out of memory: as an error that can be handled, instead of a process that the kernel kills."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_SHARE = 0.9  # of what is free now; the rest is for what other processes still ask for
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def bounded_memory(device: str) -> Iterator[None]:
+    """Limits this process to the memory that is free now, while the block runs.
+
+    Linux promises memory that it does not have, and kills the process that touches it: the utterance at hand is then not even
+    named. With a limit on its data segment the allocation fails where it is asked for. A GPU's driver maps more than it uses,
+    so there is no limit when decoding on one; PyTorch raises an error of its own when the GPU's memory is full.
+    """
+    free = _available_bytes() if device == "cpu" else None
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if free is None or before[0] != resource.RLIM_INFINITY:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + int(_SHARE * free), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether an error says that memory was not there, on the CPU or on a GPU."""
+    if isinstance(err, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(err)
+    return isinstance(err, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
+def _available_bytes() -> int | None:
+    """What the machine, and the control group of the process, can still give; None where nobody tells."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            found.append(max(0, int((group / limit).read_text()) - int((group / used).read_text())))
+    return min(found) if found else None
+
+
+def _data_bytes() -> int:
+    """What RLIMIT_DATA counts of this process already."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    return 0
