@@ -148,12 +148,21 @@ class DecoderConfig(Section):
     position: Literal["sinusoidal", "sinusoidal_concatenated", "none", "rotary"] = "sinusoidal"
 
 
+class IntermediateCtcConfig(Section):
+    """CTC losses inside the encoder (Lee and Watanabe, ICASSP 2021), by the CTC output that the last layer has too."""
+
+    layers: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]  # after how many layers; [3] halves six
+    weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # CTC becomes (1 - weight) * CTC + weight * mean of these
+    condition: bool = False  # later layers see what was predicted (self-conditioned CTC, Nozaki and Komatsu 2021)
+
+
 class ModelConfig(Section):
     """Encoder, decoder and the joint loss: ctc_weight * CTC + (1 - ctc_weight) * label-smoothed cross entropy."""
 
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
     attention_penalty: AttentionPenaltyConfig = AttentionPenaltyConfig()
+    intermediate_ctc: IntermediateCtcConfig | None = None
     ctc_weight: Fraction = 0.3
     label_smoothing: Probability = 0.1
 
@@ -170,6 +179,7 @@ class ModelConfig(Section):
             raise ValueError("ctc_weight 1.0 would never train the decoder; set decoder.layers: 0")
         self._check_mask_ctc()
         self._check_plain_attention()
+        self._check_intermediate_ctc()
         penalty = self.attention_penalty
         check_site(penalty.encoder_self, "encoder_self", num_layers=self.encoder.layers, num_heads=self.encoder.heads)
         for name in ("decoder_self", "cross"):
@@ -198,6 +208,18 @@ class ModelConfig(Section):
                 "attention_penalty.cross: axis ctc_prefix follows the tokens before each position, which decoder.type mask_ctc "
                 "may have hidden; use axis ctc_count, uniform, rate, monotonic or lower_layer"
             )
+
+    def _check_intermediate_ctc(self) -> None:
+        if self.intermediate_ctc is None:
+            return
+        layers = self.intermediate_ctc.layers
+        if max(layers) >= self.encoder.layers or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"intermediate_ctc.layers {list(layers)} must be different numbers below encoder.layers {self.encoder.layers}, "
+                "whose own output the other CTC loss is"
+            )
+        if self.ctc_weight == 0.0:
+            raise ValueError("intermediate_ctc is a part of the CTC loss, which ctc_weight 0 leaves out")
 
     def _check_plain_attention(self) -> None:
         """Relative positions and relu weights are computed with the penalty as one dense bias."""

@@ -13,6 +13,7 @@ from speechtx.config.penalty import PenaltyConfig
 from speechtx.config.schema import EncoderConfig
 from speechtx.model.convolution import ConvolutionModule
 from speechtx.model.dropout import Dropout
+from speechtx.model.intermediate import IntermediateCtc
 from speechtx.model.norm import make_norm
 from speechtx.model.position import input_position
 from speechtx.model.subsampling import make_subsampling, subsampled_length
@@ -135,14 +136,18 @@ class Encoder(nn.Module):
         self.position = input_position(config.position, dim=config.dim, dropout=config.positional_dropout)
         layer = ConformerEncoderLayer if config.type == "conformer" else TransformerEncoderLayer
         self.layers = nn.ModuleList(layer(config=config) for _ in range(config.layers))
+        self.intermediate: IntermediateCtc | None = None  # given by the owner of the CTC output
         self.norm = nn.LayerNorm(config.dim)  # with either norm in the blocks: CTC and decoder get frames of one size
 
-    def forward(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, feats: Tensor, feat_lens: Tensor, *, predictions: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encodes a padded batch.
 
         Args:
             feats: (B, T, F) float, normalised features; what lies behind feat_lens never matters as long as it is finite.
             feat_lens: (B,) int64, frames.
+            predictions: gets the log-probabilities (B, S, V) of intermediate CTC appended, layer by layer, if there is any.
 
         Returns:
             enc_out (B, S, D) and enc_lens (B,); rows of enc_out behind enc_lens are arbitrary.
@@ -150,8 +155,10 @@ class Encoder(nn.Module):
         x = self.position(self.subsampling(feats, feat_lens))
         enc_lens = subsampled_length(feat_lens, self.subsampling.factor)
         mask = length_mask(enc_lens, x.shape[1])
-        for layer, bias in zip(self.layers, self.biases(x, mask), strict=True):
+        for number, (layer, bias) in enumerate(zip(self.layers, self.biases(x, mask), strict=True), start=1):
             x = layer(x, bias=bias, mask=mask)
+            if self.intermediate is not None and number in self.intermediate.layers:
+                x = self.intermediate(x, self.norm, predictions)
         return self.norm(x), enc_lens
 
     def biases(self, x: Tensor, mask: Tensor) -> list[Bias]:

@@ -10,6 +10,7 @@ from speechtx.attention.site import AttentionPenalty
 from speechtx.config.schema import ConsistencyConfig, ModelConfig
 from speechtx.model.decoder import Decoder
 from speechtx.model.encoder import Encoder
+from speechtx.model.intermediate import IntermediateCtc
 from speechtx.model.losses import (
     Losses,
     attention_loss,
@@ -61,6 +62,10 @@ class Recognizer(nn.Module):
                 backend=penalty.backend,
             )
         self.ctc = nn.Linear(dim, vocab_size)
+        if config.intermediate_ctc is not None:
+            self.encoder.intermediate = IntermediateCtc(
+                config=config.intermediate_ctc, dim=dim, vocab_size=vocab_size, log_probs=self.ctc_log_probs
+            )
         initialise(self)
 
     def at_step(self, step: int) -> None:
@@ -95,10 +100,14 @@ class Recognizer(nn.Module):
             token_lens: (B,) int64.
             consistency: the batch is two views of B/2 utterances, rows n and B/2 + n, whose CTC outputs are to agree.
         """
-        enc_out, enc_lens = self.encode(feats, feat_lens)
+        below: list[Tensor] | None = [] if self.training else None
+        enc_out, enc_lens = self.encoder(feats, feat_lens, predictions=below)
         log_probs = self.ctc_log_probs(enc_out)
         ctc = ctc_loss(log_probs, enc_lens, tokens, token_lens, blank_id=self.blank_id)
         regularised = ctc
+        if below and self.config.intermediate_ctc is not None:
+            losses = [ctc_loss(lower, enc_lens, tokens, token_lens, blank_id=self.blank_id) for lower in below]
+            regularised = torch.lerp(ctc, torch.stack(losses).mean(), self.config.intermediate_ctc.weight)
         if consistency is not None:
             regularised = regularised + consistency.weight * consistency_loss(log_probs, enc_lens)
         num_tokens = (token_lens + 1).sum()

@@ -25,7 +25,12 @@ from speechtx.training.prepare import TrainingData, only_one_training
 from speechtx.training.train import train
 
 # Every option that draws random numbers or keeps a state of its own.
-REGULARISERS = ["training.consistency.weight=0.2"]
+REGULARISERS = [
+    "training.consistency.weight=0.2",
+    "model.encoder.layers=2",
+    "model.intermediate_ctc.layers=[1]",
+    "model.intermediate_ctc.condition=true",
+]
 
 
 @pytest.fixture(scope="module")
