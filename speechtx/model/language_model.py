@@ -9,21 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechtx.attention.kernels import attend
+from speechtx.attention.kernels import attend, padding_bias
 from speechtx.attention.multihead import SelfAttention, join_heads
 from speechtx.config.lm import TransformerLmConfig
 from speechtx.model.dropout import Dropout
-from speechtx.model.encoder import FeedForward
+from speechtx.model.encoder import FeedForward, length_mask
 from speechtx.model.position import SinusoidalPosition
 
 KeyValue = tuple[Tensor, Tensor]
 
 
 class LmState(Protocol):
-    """What a language model remembers of N hypotheses between two steps; never changed in place."""
+    """What a language model remembers of N hypotheses between two steps; never changed in place, but by `put`."""
 
     def select(self, rows: Tensor) -> Self:
         """The state whose row i continues hypothesis rows[i]; rows (M,) int64 may repeat, reorder and drop hypotheses."""
+        ...
+
+    def put(self, rows: Tensor, other: Self) -> Self:
+        """The state in which rows (M,) int64, none twice, continue the M hypotheses of `other`, and the rest as before.
+
+        They may have been fed more or fewer tokens. May take over memory: afterwards `self` must not be used any more.
+        """
         ...
 
 
@@ -53,19 +60,44 @@ class TransformerLmState:
     """Keys and values of what was fed so far.
 
     Attributes:
-        position: tokens fed so far.
-        own: per layer, keys and values (N, H, position, d); empty before the first step.
+        position: tokens fed so far, to any hypothesis.
+        own: per layer, keys and values (N, H, P, d) with P at least `position`; empty before the first step.
         num: N.
+        fed: (N,) tokens fed to each, where they are not as many (and keys and values behind them arbitrary); else None.
     """
 
     position: int
     own: tuple[KeyValue, ...]
     num: int
+    fed: Tensor | None = None
 
     def select(self, rows: Tensor) -> TransformerLmState:
-        """The state whose row i continues hypothesis rows[i]; rows (M,) int64 may repeat, reorder and drop hypotheses."""
-        own = tuple((k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.own)
-        return TransformerLmState(self.position, own, len(rows))
+        """See `LmState.select`."""
+        fed = None if self.fed is None else self.fed[rows]
+        longest = self.position if fed is None else int(fed.max())
+        own = tuple((k[:, :, :longest].index_select(0, rows), v[:, :, :longest].index_select(0, rows)) for k, v in self.own)
+        return TransformerLmState(longest, own, len(rows), fed)
+
+    def put(self, rows: Tensor, other: TransformerLmState) -> TransformerLmState:
+        """See `LmState.put`; both must have been fed a token."""
+        fed = self._fed(rows).index_copy(0, rows, other._fed(rows))
+        own = tuple(
+            (_put(mine[0], rows, theirs[0]), _put(mine[1], rows, theirs[1]))
+            for mine, theirs in zip(self.own, other.own, strict=True)
+        )
+        return TransformerLmState(max(self.position, other.position), own, self.num, fed)
+
+    def _fed(self, like: Tensor) -> Tensor:
+        return like.new_full((self.num,), self.position) if self.fed is None else self.fed
+
+
+def _put(into: Tensor, rows: Tensor, cache: Tensor) -> Tensor:
+    """`into` (N, H, P, d) with the columns of cache (M, H, P', d) in `rows`, in place if they fit, else with room for more."""
+    length = cache.shape[2]
+    if length > into.shape[2]:
+        into = F.pad(into, (0, 0, 0, 2 * length - into.shape[2]))
+    into[:, :, :length].index_copy_(0, rows, cache)
+    return into
 
 
 class TransformerLmLayer(nn.Module):
@@ -84,13 +116,25 @@ class TransformerLmLayer(nn.Module):
         x = x + self.dropout(self.attn(self.norm_attn(x), causal=True))
         return x + self.dropout(self.ff(self.norm_ff(x)))
 
-    def step(self, x: Tensor, own: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """One position: x (N, 1, D) -> (N, 1, D) and the keys and values with this position's appended."""
+    def step(self, x: Tensor, own: KeyValue | None, fed: Tensor | None = None) -> tuple[Tensor, KeyValue]:
+        """One position: x (N, 1, D) -> (N, 1, D) and the keys and values with this position's, behind those of the `fed`."""
         q, k, v = self.attn.project(self.norm_attn(x))
-        if own is not None:
+        bias = None
+        if fed is not None:
+            assert own is not None
+            k, v = _behind(own[0], fed, k), _behind(own[1], fed, v)
+            bias = padding_bias(length_mask(fed + 1, k.shape[2]), dtype=q.dtype)
+        elif own is not None:
             k, v = torch.cat((own[0], k), dim=2), torch.cat((own[1], v), dim=2)
-        x = x + self.attn.out(join_heads(attend(q, k, v)))
+        x = x + self.attn.out(join_heads(attend(q, k, v, bias=bias)))
         return x + self.ff(self.norm_ff(x)), (k, v)
+
+
+def _behind(cache: Tensor, fed: Tensor, new: Tensor) -> Tensor:
+    """cache (N, H, P, d) with new (N, H, 1, d) at column fed[i] of row i, (N, H, P + 1, d)."""
+    cache = F.pad(cache, (0, 0, 0, 1))
+    cache[torch.arange(len(cache), device=fed.device), :, fed] = new.squeeze(2)
+    return cache
 
 
 class TransformerLM(nn.Module):
@@ -137,12 +181,14 @@ class TransformerLM(nn.Module):
         """
         if len(tokens) != state.num:
             raise ValueError(f"{len(tokens)} tokens for the state of {state.num} hypotheses")
-        x = self.position(self.embedding(tokens).unsqueeze(1), start=state.position)
+        start = state.position if state.fed is None else state.fed
+        x = self.position(self.embedding(tokens).unsqueeze(1), start=start)
         own: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
-            x, cache = cast(TransformerLmLayer, layer).step(x, state.own[index] if state.own else None)
+            x, cache = cast(TransformerLmLayer, layer).step(x, state.own[index] if state.own else None, state.fed)
             own.append(cache)
-        return self._log_probs(x).squeeze(1), TransformerLmState(state.position + 1, tuple(own), state.num)
+        fed = None if state.fed is None else state.fed + 1
+        return self._log_probs(x).squeeze(1), TransformerLmState(state.position + 1, tuple(own), state.num, fed)
 
     def _log_probs(self, x: Tensor) -> Tensor:
         """(B, U, D) -> (B, U, V) float32."""

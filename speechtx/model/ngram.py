@@ -41,6 +41,10 @@ class NgramState:
         """The state whose row i continues hypothesis rows[i]; rows (M,) int64 may repeat, reorder and drop hypotheses."""
         return NgramState(self.node[rows])
 
+    def put(self, rows: Tensor, other: NgramState) -> NgramState:
+        """The state in which `rows` (M,) continue the M hypotheses of `other`, and the rest as before."""
+        return NgramState(self.node.index_copy(0, rows, other.node))
+
 
 class NgramLM(nn.Module):
     """Scores tokens with an n-gram model.

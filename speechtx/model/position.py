@@ -44,10 +44,15 @@ class SinusoidalPosition(nn.Module):
         self.dropout = Dropout(dropout)
         self.table = GrowingTable(functools.partial(sinusoids, dim=dim, halves=halves))
 
-    def forward(self, x: Tensor, *, start: int = 0) -> Tensor:
-        """x (B, T, D) at positions start .. start + T - 1 -> (B, T, D)."""
-        end = start + x.shape[1]
-        return self.dropout(x * math.sqrt(self.dim) + self.table.reaching(end, x.device)[start:end].to(x.dtype))
+    def forward(self, x: Tensor, *, start: int | Tensor = 0) -> Tensor:
+        """x (B, T, D) at positions start .. start + T - 1 -> (B, T, D); `start` may be another for each row, (B,)."""
+        if isinstance(start, Tensor):
+            positions = start.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)
+            added = self.table.reaching(int(positions.max()) + 1, x.device)[positions]
+        else:
+            end = start + x.shape[1]
+            added = self.table.reaching(end, x.device)[start:end]
+        return self.dropout(x * math.sqrt(self.dim) + added.to(x.dtype))
 
 
 class NoPosition(nn.Module):
