@@ -171,6 +171,7 @@ def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Findi
 def check_shapes(train: TrainConfig, fbank: FbankConfig, decode: dict[Path, DecodeConfig]) -> Iterator[Finding]:
     """Limits that would leave the model without a frame, a bin or a decoder."""
     from speechtx.model.subsampling import min_frames
+    from speechtx.search.decode import method_problem
 
     front_end = train.model.encoder.subsampling
     shortest = min_frames(front_end.factor)
@@ -189,6 +190,8 @@ def check_shapes(train: TrainConfig, fbank: FbankConfig, decode: dict[Path, Deco
                 f"{path}: ctc_weight {config.ctc_weight} needs a decoder, but model.decoder.layers is 0",
                 "set ctc_weight: 1.0 or method: ctc_greedy there",
             )
+        if problem := method_problem(config.method, train.model.decoder.type if train.model.decoder.layers else "none"):
+            yield Finding("decoding", f"{path}: {problem[0]}", problem[1])
 
 
 def check_units(train: TrainConfig, fbank: FbankConfig, path: Path, overrides: Sequence[str]) -> Iterator[Finding]:

@@ -1,4 +1,8 @@
-"""The Transformer decoder: all positions at once in training, one token a step with kept keys and values in search."""
+"""The Transformer decoder: all positions at once in training, one token a step with kept keys and values in search.
+
+With `type: mask_ctc` it is not causal: it predicts hidden tokens (fed as <blank>) from all others, before and behind, and search
+makes whole passes too (Higuchi et al., Interspeech 2020; Ghazvininejad et al., EMNLP 2019).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechtx.attention.kernels import Bias, attend, padding_bias
-from speechtx.attention.multihead import CrossAttention, SelfAttention, join_heads
+from speechtx.attention.kernels import Bias, attend, attention_weights, padding_bias
+from speechtx.attention.multihead import CrossAttention, SelfAttention, join_heads, split_heads
 from speechtx.attention.site import AttentionPenalty
 from speechtx.config.penalty import CrossPenaltyConfig, PenaltyConfig
 from speechtx.config.schema import DecoderConfig
@@ -36,6 +40,7 @@ class DecoderState:
         cross: per layer, cross-attention keys and values (B, H, S, d), shared by the hypotheses of an utterance.
         cross_bias: (B, 1, 1, S), masks the encoder's padding.
         axis: where the hypotheses stand, if cross-attention pays for distance.
+        looked: (N, S) attention weights of the last step on average over the heads of the last layer; None unless `watched`.
     """
 
     position: int
@@ -43,6 +48,13 @@ class DecoderState:
     cross: tuple[KeyValue, ...]
     cross_bias: Tensor | None
     axis: AxisState | None = None
+    looked: Tensor | None = None
+
+    def watched(self) -> DecoderState:
+        """The state with `looked`, which steps from here on will fill in."""
+        keys = self.cross[0][0]
+        num = len(keys) if not self.own else len(self.own[0][0])
+        return replace(self, looked=torch.zeros(num, keys.shape[2], device=keys.device))
 
     def select(self, rows: Tensor) -> DecoderState:
         """The state with its hypotheses reordered.
@@ -68,11 +80,12 @@ class DecoderState:
             cross,
             None if self.cross_bias is None else self.cross_bias[utterances],
             None if self.axis is None else self.axis.keep(utterances),
+            self.looked,
         )
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm causal self-attention, cross-attention and feed-forward, each with a residual connection."""
+    """Pre-norm self-attention, cross-attention and feed-forward, each with a residual connection."""
 
     def __init__(self, *, config: DecoderConfig, dim: int) -> None:
         super().__init__()
@@ -85,11 +98,11 @@ class DecoderLayer(nn.Module):
         self.ff = FeedForward(dim=dim, ff_dim=config.ff_dim, dropout=config.dropout)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, enc_out: Tensor, *, own_bias: Bias, cross_bias: CrossBias) -> Tensor:
-        """x (B, U, D), enc_out (B, S, D) -> (B, U, D); own_bias is causal by itself, None is plain causal attention"""
+    def forward(self, x: Tensor, cross: KeyValue, *, own_bias: Bias, cross_bias: CrossBias) -> Tensor:
+        """x (B, U, D) -> (B, U, D), cross as in `DecoderState`; own_bias hides what it must, None is plain causal attention"""
         x = x + self.dropout(self.attn(self.norm_attn(x), bias=own_bias, causal=own_bias is None))
-        query, (keys, values) = self.norm_cross(x), self.cross.project(enc_out)
-        x = x + self.dropout(self.cross(query, keys, values, bias=cross_bias(self.cross, query, keys)))
+        query = self.norm_cross(x)
+        x = x + self.dropout(self.cross(query, *cross, bias=cross_bias(self.cross, query, cross[0])))
         return x + self.dropout(self.ff(self.norm_ff(x)))
 
     def step(
@@ -130,6 +143,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.causal = config.type == "attention"
         self.attention_penalty = AttentionPenalty(
             penalty or PenaltyConfig(), num_layers=config.layers, num_heads=config.heads, backend=backend, site="decoder_self"
         )
@@ -159,30 +173,38 @@ class Decoder(nn.Module):
         """Teacher forcing.
 
         Args:
-            tokens_in: (B, U) int64, starting with <sos/eos>; padding may be any valid id.
-            token_lens: (B,) valid positions of tokens_in. Read by the axis `uniform` in training only: position i sees
-                positions up to i, so padding cannot reach a valid position, and logits behind token_lens are arbitrary.
+            tokens_in: (B, U) int64, starting with <sos/eos>; not causal: the tokens themselves, <blank> where hidden. Padding may
+                be any valid id.
+            token_lens: (B,) valid positions of tokens_in. Logits behind them are arbitrary.
             enc_out: (B, S, D).
             enc_lens: (B,).
             ctc_log_probs: (B, S, V), read (and detached) if `needs_ctc`.
 
         Returns:
-            logits (B, U, V); position i scores the token that follows tokens_in[:, i].
+            logits (B, U, V); position i scores the token that follows tokens_in[:, i]; not causal: token i itself.
         """
+        bias = padding_bias(length_mask(enc_lens, enc_out.shape[1]), dtype=compute_dtype(enc_out))
+        cross = tuple(cast(DecoderLayer, layer).cross.project(enc_out) for layer in self.layers)
+        count = token_lens - 1 if self.causal else token_lens
+        axis = self._start_axis(enc_lens, enc_out.shape[1], ctc_log_probs, beam=1, token_lens=count)
+        return self.score(tokens_in, token_lens, DecoderState(0, (), cross, bias, axis))
+
+    def score(self, tokens_in: Tensor, token_lens: Tensor, state: DecoderState) -> Tensor:
+        """Logits of all positions, as `forward`, against the encoder's output that `state` of `start` (beam 1) holds."""
         x = self.position(self.embedding(tokens_in))
-        padding = padding_bias(length_mask(enc_lens, enc_out.shape[1]), dtype=compute_dtype(x))
-        axis = self._start_axis(enc_lens, enc_out.shape[1], ctc_log_probs, beam=1, token_lens=token_lens - 1)
-        walk = CrossWalk(self.cross_penalty, tokens_in, axis, padding)
+        walk = CrossWalk(self.cross_penalty, tokens_in, state.axis, state.cross_bias)
         own_biases = self.attention_penalty(
             length=x.shape[1],
+            # causal, position i sees positions up to i, so that padding reaches none that is valid
+            mask=None if self.causal else length_mask(token_lens.clamp(min=1), x.shape[1]),
             device=x.device,
             dtype=compute_dtype(x),
             head_dim=x.shape[-1] // self.config.heads,
             dropout=self.config.attention_dropout if self.training else 0.0,
-            causal=True,
+            causal=self.causal,
         )
         for index, (layer, own_bias) in enumerate(zip(self.layers, own_biases, strict=True)):
-            x = layer(x, enc_out, own_bias=own_bias, cross_bias=partial(walk.bias, index))
+            x = layer(x, state.cross[index], own_bias=own_bias, cross_bias=partial(walk.bias, index))
         return self.output(self.norm(x))
 
     def start(self, enc_out: Tensor, enc_lens: Tensor, *, beam: int, ctc_log_probs: Tensor | None = None) -> DecoderState:
@@ -218,14 +240,36 @@ class Decoder(nn.Module):
         own: list[KeyValue] = []
         own_biases = self.attention_penalty.last_row(state.position + 1, x.device, compute_dtype(x))
         walk = CrossWalk(self.cross_penalty, tokens.unsqueeze(1), state.axis, state.cross_bias)
+        biases: list[CrossBias] = [partial(walk.bias, index) for index in range(len(self.layers))]
+        watch = _Watch(biases[-1])
+        if state.looked is not None:
+            biases[-1] = watch
         for index, layer in enumerate(self.layers):
             x, cache = cast(DecoderLayer, layer).step(
                 x,
                 state.own[index] if state.own else None,
                 state.cross[index],
                 own_bias=own_biases[index],
-                cross_bias=partial(walk.bias, index),
+                cross_bias=biases[index],
             )
             own.append(cache)
         log_probs = F.log_softmax(self.output(self.norm(x)).squeeze(1).float(), dim=-1)
-        return log_probs, replace(state, position=state.position + 1, own=tuple(own), axis=walk.state)
+        return log_probs, replace(state, position=state.position + 1, own=tuple(own), axis=walk.state, looked=watch.weights)
+
+
+class _Watch:
+    """Notes where a layer looks when it asks for its bias.
+
+    Attributes:
+        weights: (N, S) attention weights on average over heads; None before.
+    """
+
+    def __init__(self, bias: CrossBias) -> None:
+        self.bias = bias
+        self.weights: Tensor | None = None
+
+    def __call__(self, attn: CrossAttention, query: Tensor, keys: Tensor) -> Tensor | None:
+        bias = self.bias(attn, query, keys)
+        weights = attention_weights(split_heads(attn.q(query), attn.num_heads), keys, bias=bias)
+        self.weights = weights.mean(dim=1).flatten(0, 1)
+        return bias

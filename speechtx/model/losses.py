@@ -126,7 +126,7 @@ def hidden_targets(tokens: Tensor, token_lens: Tensor, hidden: Tensor, *, blank_
 
 
 def every_other(token_lens: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """What evaluation hides, in two passes: tokens 0, 2, ... and then 1, 3, ..., so that each is asked for once; (B, size) bool."""
+    """What evaluation hides, in two passes: tokens 0, 2, ... and then 1, 3, ..., so that each is asked for once; (B, size)."""
     valid = _valid(token_lens, size)
     even = torch.arange(size, device=token_lens.device) % 2 == 0
     return valid & even, valid & ~even

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from speechtx.config.decode import DecodeConfig
+from speechtx.config.errors import ConfigError
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import beam_search, check_weights
 from speechtx.search.greedy import ctc_greedy
 from speechtx.search.hypothesis import Hypothesis
+from speechtx.search.mask_ctc import mask_ctc
 from speechtx.search.scorers import NO_SCORERS, Scorers
 
 
@@ -42,10 +44,40 @@ def decode_encoded(
     model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig, scorers: Scorers = NO_SCORERS
 ) -> list[list[Hypothesis]]:
     """The search alone, from the encoder's output (B, S, D) and its lengths (B,); see `decode_batch`."""
+    check_method(model, config)
     check_weights(model, config)
     with torch.inference_mode():
         if config.method == "beam":
             return beam_search(model, enc_out, enc_lens, config)
+        if config.method == "mask_ctc":
+            return mask_ctc(model, enc_out, enc_lens, config)
         log_probs = model.ctc_log_probs(enc_out)
         best = ctc_greedy(log_probs, enc_lens, blank_id=model.blank_id, sos_eos_id=model.sos_eos_id)
         return [[hypothesis] if math.isfinite(hypothesis.score) else [] for hypothesis in best]
+
+
+def check_method(model: Recognizer, config: DecodeConfig) -> None:
+    """Refuses a search that this kind of decoder was not trained for.
+
+    Raises:
+        ConfigError: see `method_problem`.
+    """
+    kind = "none" if model.decoder is None else "attention" if model.decoder.causal else "mask_ctc"
+    if problem := method_problem(config.method, kind):
+        raise ConfigError("; ".join(problem))
+
+
+def method_problem(method: str, decoder: str) -> tuple[str, str] | None:
+    """Why a decoder (its type, or "none") is of no use to a search, and what to do about it; None if it is, or is not asked."""
+    if method == "mask_ctc" and decoder != "mask_ctc":
+        found = "has none" if decoder == "none" else "has one of type attention"
+        return (
+            f"method mask_ctc needs a decoder of type mask_ctc, but this model {found}",
+            "train one with --set model.decoder.type=mask_ctc, or decode with method beam or ctc_greedy",
+        )
+    if method in ("beam", "attention_rescoring") and decoder == "mask_ctc":
+        return (
+            f"method {method} asks the decoder for the next token, but decoder.type mask_ctc only fills in hidden ones",
+            "decode with method mask_ctc, or with CTC alone: ctc_greedy or ctc_beam",
+        )
+    return None
