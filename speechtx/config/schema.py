@@ -113,6 +113,7 @@ class EncoderConfig(Section):
     dropout: Probability = 0.1
     positional_dropout: Probability = 0.1
     attention_dropout: Probability = 0.0  # 0 keeps the fused attention kernels available
+    stochastic_depth: Probability = 0.0  # the last layer is left out so often, the others linearly less (Huang et al. 2016)
     position: Literal["sinusoidal", "sinusoidal_concatenated", "none", "rotary", "relative"] = "sinusoidal"
     norm: Literal["layer", "batch"] = "layer"  # of the blocks; batch: over the valid frames of a batch
     attention_weights: Literal["softmax", "relu"] = "softmax"  # relu: relu(logits) / number of keys, plain computation only

@@ -1,4 +1,4 @@
-"""Dropout whose random bits cost little on a CPU."""
+"""Dropout whose random bits cost little on a CPU, and the dropping of whole layers."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def depth_rates(last: float, num_layers: int) -> list[float]:
+    """How often stochastic depth leaves out each layer: linearly more towards the last (Huang et al., ECCV 2016, equation 4)."""
+    return [last * number / num_layers for number in range(1, num_layers + 1)]
+
+
+def left_out(rate: float) -> bool:
+    """Draws whether a layer is left out of this batch, on the CPU whatever the device; seeded by torch.manual_seed."""
+    return rate > 0.0 and bool(torch.rand(()) < rate)
 
 
 def dropout_cpu(x: Tensor, p: float) -> Tensor:

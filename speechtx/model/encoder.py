@@ -12,7 +12,7 @@ from speechtx.attention.site import AttentionPenalty
 from speechtx.config.penalty import PenaltyConfig
 from speechtx.config.schema import EncoderConfig
 from speechtx.model.convolution import ConvolutionModule
-from speechtx.model.dropout import Dropout
+from speechtx.model.dropout import Dropout, depth_rates, left_out
 from speechtx.model.intermediate import IntermediateCtc
 from speechtx.model.norm import make_norm
 from speechtx.model.position import input_position
@@ -136,12 +136,11 @@ class Encoder(nn.Module):
         self.position = input_position(config.position, dim=config.dim, dropout=config.positional_dropout)
         layer = ConformerEncoderLayer if config.type == "conformer" else TransformerEncoderLayer
         self.layers = nn.ModuleList(layer(config=config) for _ in range(config.layers))
+        self.depth_rates = depth_rates(config.stochastic_depth, config.layers)
         self.intermediate: IntermediateCtc | None = None  # given by the owner of the CTC output
         self.norm = nn.LayerNorm(config.dim)  # with either norm in the blocks: CTC and decoder get frames of one size
 
-    def forward(
-        self, feats: Tensor, feat_lens: Tensor, *, predictions: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, feats: Tensor, feat_lens: Tensor, *, predictions: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Encodes a padded batch.
 
         Args:
@@ -156,7 +155,11 @@ class Encoder(nn.Module):
         enc_lens = subsampled_length(feat_lens, self.subsampling.factor)
         mask = length_mask(enc_lens, x.shape[1])
         for number, (layer, bias) in enumerate(zip(self.layers, self.biases(x, mask), strict=True), start=1):
-            x = layer(x, bias=bias, mask=mask)
+            rate = self.depth_rates[number - 1] if self.training else 0.0
+            if not left_out(rate):
+                y = layer(x, bias=bias, mask=mask)
+                # Stochastic depth in the manner of inverted dropout: the mean over draws is what evaluation computes.
+                x = y if rate == 0.0 else x + (y - x) / (1.0 - rate)
             if self.intermediate is not None and number in self.intermediate.layers:
                 x = self.intermediate(x, self.norm, predictions)
         return self.norm(x), enc_lens

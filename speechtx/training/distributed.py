@@ -36,14 +36,18 @@ class World:
         return values
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sums all gradients over all processes in one flat buffer; parameters without a gradient count as zero."""
-        if self.size == 1:
-            return
+        """Sums all gradients over all processes in one flat buffer.
+
+        A parameter without a gradient, of a layer that this step left out, gets one of zeros, with one process too: else the
+        optimiser would pass it over with one process, and let its moments decay with several.
+        """
         with torch.no_grad():
             trained = [p for p in parameters if p.requires_grad]
             for parameter in trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+            if self.size == 1:
+                return
             gradients = [p.grad for p in trained if p.grad is not None]
             flat = torch.cat([g.flatten() for g in gradients])
             dist.all_reduce(flat)

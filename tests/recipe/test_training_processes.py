@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_corpus import TINY, make_training_data
+from toy_corpus import REGULARISERS, TINY, make_training_data
 
 from speechtx.experiment.experiment import Experiment
 from speechtx.training.checkpoint import load_checkpoint
@@ -74,9 +74,12 @@ def test_kill_9_at_random_moments_ends_with_the_same_bits(data: TrainingData, tm
     assert all(torch.equal(straight[name], killed[name]) for name in straight)
 
 
-def test_two_processes_compute_what_one_does_with_the_same_global_batch(data: TrainingData, tmp_path: Path) -> None:
-    subprocess.run(command(data, tmp_path / "one", "training.accum_steps=2"), check=True, capture_output=True)
-    subprocess.run(command(data, tmp_path / "two", torchrun=2), check=True, capture_output=True)
+@pytest.mark.parametrize("overrides", [[], REGULARISERS], ids=["plain", "with every regulariser"])
+def test_two_processes_compute_what_one_does_with_the_same_global_batch(
+    data: TrainingData, tmp_path: Path, overrides: list[str]
+) -> None:
+    subprocess.run(command(data, tmp_path / "one", "training.accum_steps=2", *overrides), check=True, capture_output=True)
+    subprocess.run(command(data, tmp_path / "two", *overrides, torchrun=2), check=True, capture_output=True)
     losses = []
     for name in ("one", "two"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

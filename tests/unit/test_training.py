@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_corpus import make_training_data, tiny_config
+from toy_corpus import REGULARISERS, make_training_data, tiny_config
 
 from speechtx.config.errors import DataError, ExperimentError, SpeechtxError, TrainingError
 from speechtx.config.schema import AverageConfig, OptimizerConfig, ScheduleConfig
@@ -23,14 +23,6 @@ from speechtx.training.checkpoint import load_checkpoint, save_checkpoint
 from speechtx.training.optim import build_optimizer, learning_rate
 from speechtx.training.prepare import TrainingData, only_one_training
 from speechtx.training.train import train
-
-# Every option that draws random numbers or keeps a state of its own.
-REGULARISERS = [
-    "training.consistency.weight=0.2",
-    "model.encoder.layers=2",
-    "model.intermediate_ctc.layers=[1]",
-    "model.intermediate_ctc.condition=true",
-]
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,15 @@ training:
   loader_workers: 0
 """
 
+# Every option of regularisation that draws random numbers or keeps a state of its own.
+REGULARISERS = [
+    "training.consistency.weight=0.2",
+    "model.encoder.layers=3",
+    "model.encoder.stochastic_depth=0.5",
+    "model.intermediate_ctc.layers=[1]",
+    "model.intermediate_ctc.condition=true",
+]
+
 
 def tiny_config(*overrides: str) -> TrainConfig:
     return parse_config(TINY, TrainConfig, overrides)
