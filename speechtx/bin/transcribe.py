@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value")
     parser.add_argument("--nbest", type=int, metavar="N", help="that many hypotheses a file (with --json)")
     parser.add_argument("--json", action="store_true", help="print hypotheses with scores as JSON lines")
-    parser.add_argument("--weights", type=Path, help="weights to use (default: EXP/model.pt)")
+    parser.add_argument(
+        "--weights", type=Path, action="append", help="weights to use (default: EXP/model.pt); several are an ensemble"
+    )
+    parser.add_argument("--lm", type=Path, metavar="DIR", help="language model that lm_weight weighs")
+    parser.add_argument("--ngram", type=Path, metavar="PATH", help="language model that ngram_weight weighs, or an ARPA file")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
 
 
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         decode = load_config(args.config, DecodeConfig, overrides)
     elif overrides:
         decode = parse_config("", DecodeConfig, overrides, source="options")
-    recognizer = load_recognizer(args.exp, weights=args.weights, device=args.device, decode=decode)
+    recognizer = load_recognizer(args.exp, weights=args.weights, device=args.device, decode=decode, lm=args.lm, ngram=args.ngram)
     status = 0
     for name, found in zip(args.audio, recognizer.transcribe_each(args.audio), strict=True):
         if isinstance(found, AudioError):

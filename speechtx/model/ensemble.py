@@ -31,11 +31,11 @@ class Ensemble(nn.Module):
             if model.sos_eos_id != first.sos_eos_id:
                 sizes = f"{first.sos_eos_id + 1} and {model.sos_eos_id + 1} tokens"
                 raise ConfigError(f"models 1 and {number} of the ensemble have {sizes}; they must share a tokenizer")
-            if (model.decoder is None) != (first.decoder is None):
-                without = 1 if first.decoder is None else number
+            kinds = [_decoder_kind(first), _decoder_kind(model)]
+            if kinds[0] != kinds[1]:
                 raise ConfigError(
-                    f"model {without} of the ensemble has no decoder, model {number + 1 - without} has one; "
-                    "an ensemble needs it of all or of none"
+                    f"models 1 and {number} of the ensemble have different decoders ({kinds[0]} and {kinds[1]}); "
+                    "they must be of one type, or there must be none"
                 )
         self.members = nn.ModuleList(models)
         self.blank_id, self.sos_eos_id = first.blank_id, first.sos_eos_id
@@ -51,7 +51,7 @@ class Ensemble(nn.Module):
         outs: list[Tensor] = []
         lengths: list[Tensor] = []
         for number, member in enumerate(self.members, start=1):
-            enc_out, enc_lens = member.encode(feats, feat_lens)
+            enc_out, enc_lens = cast(Recognizer, member).encode(feats, feat_lens)
             if outs and (enc_out.shape[1] != outs[0].shape[1] or not torch.equal(enc_lens, lengths[0])):
                 raise ConfigError(
                     f"models 1 and {number} of the ensemble make {outs[0].shape[1]} and {enc_out.shape[1]} encoder frames of "
@@ -64,7 +64,7 @@ class Ensemble(nn.Module):
     def ctc_log_probs(self, enc_out: Tensor) -> Tensor:
         """enc_out (B, S, sum of D) -> log-probabilities (B, S, V), float32."""
         shares = enc_out.split(self.widths, dim=-1)
-        return log_mean_prob([m.ctc_log_probs(share) for m, share in zip(self.members, shares, strict=True)])
+        return log_mean_prob([cast(Recognizer, m).ctc_log_probs(share) for m, share in zip(self.members, shares, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class EnsembleState:
     def keep(self, utterances: Tensor) -> EnsembleState:
         """See `DecoderState.keep`."""
         return EnsembleState(tuple(state.keep(utterances) for state in self.states))
+
+
+def _decoder_kind(model: Recognizer) -> str:
+    return "none" if model.decoder is None else model.decoder.config.type
 
 
 class EnsembleDecoder(nn.Module):
@@ -104,6 +108,11 @@ class EnsembleDecoder(nn.Module):
             found.append((decoder, share, model.ctc_log_probs(share) if decoder.needs_ctc else None))
         return found
 
+    @property
+    def causal(self) -> bool:
+        """Whether the decoders predict the next token (`Decoder.causal`)."""
+        return all(cast(Decoder, model.decoder).causal for model in self.models)
+
     def forward(
         self, tokens_in: Tensor, token_lens: Tensor, enc_out: Tensor, enc_lens: Tensor, *, ctc_log_probs: Tensor | None = None
     ) -> Tensor:
@@ -113,6 +122,12 @@ class EnsembleDecoder(nn.Module):
             for decoder, share, ctc in self._members(enc_out)
         ]
         return log_mean_prob(parts)
+
+    def score(self, tokens_in: Tensor, token_lens: Tensor, state: EnsembleState) -> Tensor:
+        """As `Decoder.score`; returns log-probabilities (B, U, V), whose softmax they are."""
+        parts = zip(self.models, state.states, strict=True)
+        logits = [cast(Decoder, model.decoder).score(tokens_in, token_lens, own) for model, own in parts]
+        return log_mean_prob([part.float().log_softmax(dim=-1) for part in logits])
 
     def start(self, enc_out: Tensor, enc_lens: Tensor, *, beam: int, ctc_log_probs: Tensor | None = None) -> EnsembleState:
         """See `Decoder.start`."""

@@ -48,7 +48,7 @@ def decode_encoded(
     check_weights(model, config)
     with torch.inference_mode():
         if config.method == "beam":
-            return beam_search(model, enc_out, enc_lens, config)
+            return beam_search(model, enc_out, enc_lens, config, scorers)
         if config.method == "mask_ctc":
             return mask_ctc(model, enc_out, enc_lens, config)
         log_probs = model.ctc_log_probs(enc_out)

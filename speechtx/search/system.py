@@ -1,4 +1,4 @@
-"""What recognises: one trained model or an ensemble, with its features, tokenizer and language models; found, told apart, opened."""
+"""What recognises: one trained model or an ensemble, with features, tokenizer and language models; found, told apart, opened."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from speechtx.experiment.experiment import Experiment
 from speechtx.model.ensemble import Ensemble
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import check_weights
+from speechtx.search.decode import check_method
 from speechtx.search.scorers import Scorers, load_scorers
 
 _REPORTS = (".json", ".jsonl", ".log")  # of a language model's directory: what is told about it, not what it is
@@ -80,7 +81,7 @@ class System:
             raise ConfigError("--exp: no experiment directory was given")
         if len(exps) > 1 and weights and len(weights) != len(exps):
             raise ConfigError(
-                f"{len(exps)} experiments but {len(weights)} files of weights; give one for each experiment in their order, or none"
+                f"{len(exps)} experiments but {len(weights)} files of weights; give one for each experiment, or none"
             )
         opened = [Experiment.open(path) for path in exps]
         if len(opened) == 1:
@@ -147,12 +148,22 @@ class System:
         """Model and scorers, refusing a search that they cannot do.
 
         Raises:
-            ConfigError, ExperimentError, DataError: see `load_model`, `load_scorers` and `beam.check_weights`.
+            ConfigError, ExperimentError, DataError: see `load_model`, `load_scorers` and `check_search`.
         """
         model = self.load_model(device)
         for config in configs:
-            check_weights(model, config)
+            check_search(model, config)
         return model, self.load_scorers(configs, device)
+
+
+def check_search(model: Recognizer, config: DecodeConfig) -> None:
+    """Refuses a search that this model cannot do.
+
+    Raises:
+        ConfigError: see `decode.check_method` and `beam.check_weights`.
+    """
+    check_method(model, config)
+    check_weights(model, config)
 
 
 def require_same_input(first: Experiment, other: Experiment) -> None:

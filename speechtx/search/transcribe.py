@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,15 @@ import torch
 
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import AudioError, ConfigError
-from speechtx.experiment.experiment import Experiment
 from speechtx.frontend.audio import load_audio
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
 from speechtx.frontend.fbank import Fbank
+from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import subsampled_length
-from speechtx.search.beam import check_weights
 from speechtx.search.decode import decode_batch
 from speechtx.search.hypothesis import Hypothesis
+from speechtx.search.memory import bounded_memory, is_out_of_memory
+from speechtx.search.system import System, check_search
 
 Audio = str | os.PathLike[str] | tuple[np.ndarray, int]
 """A file, or samples (N,) with their rate in Hz."""
@@ -29,19 +30,29 @@ log = logging.getLogger(__name__)
 
 
 def load_recognizer(
-    exp: str | Path, *, weights: str | Path | None = None, device: str = "auto", decode: DecodeConfig | None = None
+    exp: str | Path | Sequence[str | Path],
+    *,
+    weights: str | Path | Sequence[str | Path] | None = None,
+    device: str = "auto",
+    decode: DecodeConfig | None = None,
+    lm: str | Path | None = None,
+    ngram: str | Path | None = None,
 ) -> Transcriber:
     """Opens a trained experiment for recognising audio.
 
     Args:
-        exp: the experiment directory; model, features, CMVN and tokenizer come from there.
-        weights: another weights file than `exp/model.pt`.
+        exp: the experiment directory; model, features, CMVN and tokenizer come from there. Several are an ensemble.
+        weights: another weights file than `exp/model.pt`; several of one experiment are an ensemble.
         device: "cpu", "cuda", "cuda:1" ...; "auto" takes a GPU where there is one.
-        decode: how to search; by default `DecodeConfig()`, with CTC alone for a model that has no decoder.
+        decode: how to search; by default `DecodeConfig()`, with CTC alone for a model that has no decoder, and `mask_ctc` for
+            one whose decoder was trained for it.
+        lm: a language model's directory, weighed by `decode.lm_weight`.
+        ngram: another, or an ARPA file, weighed by `decode.ngram_weight`.
 
     Raises:
-        ExperimentError: the directory is no experiment, or its weights do not fit.
-        ConfigError: a search that needs a decoder this model does not have, or a device that is not there.
+        ExperimentError: the directory is no experiment, its weights do not fit, or a language model was made for other tokens.
+        ConfigError: a search that needs a decoder this model does not have, a weight without its language model, or a device
+            that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +60,14 @@ def load_recognizer(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:  # an unknown name, no such GPU, or a PyTorch without CUDA
         raise ConfigError(f"device {device!r} cannot be used: {str(err).splitlines()[0]}") from None
-    return Transcriber(exp=Experiment.open(exp), weights=weights, device=device, decode=decode)
+    system = System.find(_as_list(exp), weights=_as_list(weights), lm=lm, ngram=ngram)
+    return Transcriber(system=system, device=device, decode=decode)
+
+
+def _as_list(paths: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
+    if paths is None:
+        return []
+    return [paths] if isinstance(paths, str | Path) else paths
 
 
 class Transcriber:
@@ -60,18 +78,15 @@ class Transcriber:
     the recording's own statistics, as "utterance" does.
     """
 
-    def __init__(
-        self, *, exp: Experiment, weights: str | Path | None = None, device: str = "cpu", decode: DecodeConfig | None = None
-    ) -> None:
+    def __init__(self, *, system: System, device: str = "cpu", decode: DecodeConfig | None = None) -> None:
         """See `load_recognizer`."""
-        self.exp = exp
+        self.exp = system.exp
         self.device = device
-        self.model = exp.load_model(weights, device)
-        if decode is None:
-            decode = DecodeConfig() if self.model.decoder is not None else DecodeConfig(ctc_weight=1.0)
-        check_weights(self.model, decode)
-        self.decode = decode
-        self._fbank = Fbank(config=exp.fbank)
+        self.model = system.load_model(device)
+        self.decode = decode or _default_search(self.model)
+        check_search(self.model, self.decode)
+        (self.scorers,) = system.load_scorers([self.decode], device)
+        self._fbank = Fbank(config=self.exp.fbank)
 
     def transcribe(self, audio: Audio) -> str:
         """The text of one recording; see `transcribe_nbest`."""
@@ -92,7 +107,14 @@ class Transcriber:
         if subsampled_length(len(feats), self.exp.config.model.encoder.subsampling.factor) < 1:
             raise AudioError(f"{name}: {len(feats)} feature frames are too short for the model's subsampling")
         batch = torch.from_numpy(feats).unsqueeze(0).to(self.device)
-        (nbest,) = decode_batch(self.model, batch, torch.tensor([len(feats)], device=self.device), self.decode)
+        lengths = torch.tensor([len(feats)], device=self.device)
+        try:
+            with bounded_memory(self.device):
+                (nbest,) = decode_batch(self.model, batch, lengths, self.decode, self.scorers)
+        except (MemoryError, RuntimeError) as err:
+            if not is_out_of_memory(err):
+                raise
+            raise AudioError(f"{name}: {len(feats)} feature frames do not fit into memory; cut it into pieces") from None
         if not nbest:
             raise AudioError(f"{name}: the model's output is not finite")
         return [hypothesis.with_text(self.exp.tokenizer.decode) for hypothesis in nbest]
@@ -129,6 +151,12 @@ class Transcriber:
         stats = self.exp.global_cmvn if config.cmvn == "global" else CmvnStats.from_feats(feats)
         assert stats is not None  # Experiment raises where global statistics are missing
         return apply_cmvn(feats, stats, norm_vars=config.norm_vars)
+
+
+def _default_search(model: Recognizer) -> DecodeConfig:
+    if model.decoder is None:
+        return DecodeConfig(ctc_weight=1.0)
+    return DecodeConfig() if model.decoder.causal else DecodeConfig(method="mask_ctc")
 
 
 def _checked_samples(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
