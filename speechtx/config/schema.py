@@ -276,6 +276,12 @@ class ConsistencyConfig(Section):
     weight: PositiveFloat = 0.2  # of the divergence of the views, beside CTC's 1
 
 
+class EmaConfig(Section):
+    """The exponential moving average of the weights is what dev judges, what stage 5 averages, and what is decoded."""
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999  # a mean over about 1 / (1 - decay) steps
+
+
 class TrainingConfig(Section):
     epochs: Positive = 100
     frames_per_batch: Positive = 16000  # feature frames including padding, per process and forward pass
@@ -286,6 +292,7 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     specaugment: SpecAugmentConfig | None = SpecAugmentConfig()
     consistency: ConsistencyConfig | None = None
+    ema: EmaConfig | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it, else float32
     max_nonfinite_steps: NonNegative = 10  # steps skipped for NaN/Inf before training stops with an error
     min_frames: Positive = 10  # shorter and longer utterances are listed and left out of training

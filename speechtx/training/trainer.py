@@ -30,6 +30,7 @@ from speechtx.model.recognizer import Recognizer
 from speechtx.training.averaging import choose_epochs, epoch_path
 from speechtx.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from speechtx.training.distributed import World
+from speechtx.training.ema import Ema
 from speechtx.training.monitor import Monitor
 from speechtx.training.optim import build_optimizer, learning_rate
 
@@ -62,6 +63,7 @@ class Trainer:
         self.model = model.to(world.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.training.optimizer, world.device)
+        self.ema = Ema(self.model, decay=config.training.ema.decay) if config.training.ema else None
         self.precision = choose_precision(config.training.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == torch.float16)
         self.epoch = 1  # the epoch being trained
@@ -147,6 +149,8 @@ class Trainer:
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = lr
             self.scaler.step(self.optimizer)
+            if self.ema is not None:
+                self.ema.update(self.step)
             self.sums += sums.cpu()
         else:
             self.skip_step(group)
@@ -170,9 +174,13 @@ class Trainer:
                 f"{self.train_config.max_nonfinite_steps}; last utterances: {named}. Lower training.optimizer.lr, or look at them"
             )
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and teacher-forced token accuracy on the dev set."""
+        """Loss and teacher-forced token accuracy on the dev set, of the averaged weights if there are any."""
+        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
+            return self._evaluate()
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
         self.model.eval()
         self.world.share(self.model.buffers())  # BatchNorm's statistics: all judge the model that the first one saves
         lengths = [u.num_frames for u in self.dev_corpus.utterances]
@@ -203,7 +211,7 @@ class Trainer:
         self.history.append(entry)
         kept = set(choose_epochs(self.history, self.train_config.average))
         if self.world.is_main and self.epoch in kept:
-            save_weights(epoch_path(self.exp, self.epoch), self.model.state_dict())
+            save_weights(epoch_path(self.exp, self.epoch), self.ema.values if self.ema else self.model.state_dict())
         self.epoch, self.index = self.epoch + 1, 0
         self.sums.zero_()
         self.save()
@@ -249,6 +257,7 @@ class Trainer:
         return {
             "config_hash": config_hash(self.config.model),
             "model": self.model.state_dict(),
+            "ema": self.ema.values if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -293,6 +302,8 @@ class Trainer:
                 f"(accum_steps times processes); continue with as many, not with {group_size}"
             )
         self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for name in ("epoch", "index", "step", "nonfinite", "seconds", "sums", "history"):

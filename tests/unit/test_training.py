@@ -33,7 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 def weights(exp: Path) -> dict[str, torch.Tensor]:
     state = load_checkpoint(exp / "checkpoints")
     assert state is not None
-    return state["model"]
+    averaged = {f"averaged {name}": value for name, value in (state["ema"] or {}).items()}
+    return {**state["model"], **averaged}
 
 
 def history(exp: Path) -> list[dict]:

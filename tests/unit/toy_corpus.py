@@ -38,6 +38,7 @@ REGULARISERS = [
     "model.encoder.stochastic_depth=0.5",
     "model.intermediate_ctc.layers=[1]",
     "model.intermediate_ctc.condition=true",
+    "training.ema.decay=0.8",
 ]
 
 
