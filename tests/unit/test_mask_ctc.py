@@ -1,0 +1,376 @@
+"""Mask-CTC: a decoder that fills in hidden tokens, how it is trained, and the search that corrects CTC with it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decoder import CROSS
+from torch import Tensor
+
+from speechtx.config.decode import DecodeConfig
+from speechtx.config.errors import ConfigError
+from speechtx.config.load import parse_config
+from speechtx.config.penalty import AttentionPenaltyConfig, CrossPenaltyConfig, PenaltyConfig
+from speechtx.config.schema import DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig, TrainConfig
+from speechtx.model.losses import IGNORE, draw_hidden, every_other, hidden_targets
+from speechtx.model.recognizer import Recognizer
+from speechtx.search.decode import check_method, decode_batch
+from speechtx.search.hypothesis import Hypothesis
+from speechtx.search.mask_ctc import mask_ctc
+
+VOCAB = 9
+BLANK, END = 0, VOCAB - 1
+BINS = 20
+
+
+def make_model(kind: str = "mask_ctc", layers: int = 2, **penalty: PenaltyConfig) -> Recognizer:
+    """A random model in evaluation mode whose CTC is neither sure nor flat."""
+    torch.manual_seed(3)
+    config = ModelConfig(
+        encoder=EncoderConfig(layers=1, dim=16, heads=2, ff_dim=32, subsampling=SubsamplingConfig(channels=4)),
+        decoder=DecoderConfig(type=kind, layers=layers, heads=2, ff_dim=32),
+        attention_penalty=AttentionPenaltyConfig(**penalty),
+    )
+    model = Recognizer(config=config, num_mel_bins=BINS, vocab_size=VOCAB).eval()
+    with torch.no_grad():
+        model.ctc.weight.mul_(4)
+        model.decoder.output.weight.mul_(4)
+    return model
+
+
+def encoded(lens: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    """Encoder outputs, with padding that would show."""
+    enc_out = torch.randn(len(lens), max(lens), 16, generator=torch.Generator().manual_seed(seed))
+    return enc_out, torch.tensor(lens)
+
+
+# ------------------------------------------------------------------------------------------------ the plain twin
+
+
+@torch.no_grad()
+def plain_mask_ctc(model: Recognizer, enc_out: Tensor, config: DecodeConfig) -> Hypothesis:
+    """The search for one utterance (S, D), one obvious line after the other, the decoder run from scratch in every round."""
+    log_probs = model.ctc_log_probs(enc_out.unsqueeze(0))
+    frames = [max((float(p), label) for label, p in enumerate(frame[:END])) for frame in log_probs[0].tolist()]
+    tokens: list[int] = []
+    decided: list[float] = []
+    for label, run in itertools.groupby(frames, key=lambda frame: frame[1]):
+        if label != BLANK:
+            tokens.append(label)
+            decided.append(max(p for p, _ in run))
+    hidden = [i for i, p in enumerate(decided) if float(torch.tensor(p).exp()) < config.mask_threshold]
+    ctc = sum(p for i, p in enumerate(decided) if i not in hidden)
+    att = 0.0 if hidden else None
+    for i in hidden:
+        tokens[i] = BLANK
+    for to_come in range(min(len(hidden), config.mask_iterations), 0, -1):
+        logits = model.decoder(
+            torch.tensor([tokens]),
+            torch.tensor([len(tokens)]),
+            enc_out.unsqueeze(0),
+            torch.tensor([len(enc_out)]),
+            ctc_log_probs=log_probs if model.decoder.needs_ctc else None,
+        )[0]
+        guesses = []
+        for i in hidden:
+            p, label = max((float(p), label) for label, p in enumerate(logits[i].log_softmax(-1)) if label not in (BLANK, END))
+            guesses.append((-p, i, label))
+        for minus, i, label in sorted(guesses)[: math.ceil(len(hidden) / to_come)]:
+            tokens[i] = label
+            hidden.remove(i)
+            att -= minus
+    return Hypothesis(tokens=tuple(tokens), score=ctc + (att or 0.0), ctc=ctc, att=att)
+
+
+def same(found: Hypothesis, wanted: Hypothesis) -> bool:
+    scores = [(found.score, wanted.score), (found.ctc, wanted.ctc)]
+    assert (found.att is None) == (wanted.att is None)
+    if found.att is not None:
+        scores.append((found.att, wanted.att))
+    return found.tokens == wanted.tokens and all(a == pytest.approx(b, abs=1e-4) for a, b in scores)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lens=st.lists(st.integers(1, 24), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    threshold=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    rounds=st.integers(1, 6),
+)
+def test_the_batched_search_finds_what_the_plain_one_does(lens: list[int], seed: int, threshold: float, rounds: int) -> None:
+    model = make_model()
+    enc_out, enc_lens = encoded(lens, seed)
+    config = DecodeConfig(method="mask_ctc", mask_threshold=threshold, mask_iterations=rounds)
+    for row, nbest in enumerate(mask_ctc(model, enc_out, enc_lens, config)):
+        assert same(nbest[0], plain_mask_ctc(model, enc_out[row, : lens[row]], config))
+
+
+@pytest.mark.parametrize("axis", sorted(set(CROSS) - {"ctc_prefix"}))
+def test_the_search_pays_the_penalties_that_training_pays(axis: str) -> None:
+    model = make_model(layers=3, cross=CROSS[axis], decoder_self=PenaltyConfig(shape="linear", window=2))
+    enc_out, enc_lens = encoded([17, 24, 9], 1)
+    config = DecodeConfig(method="mask_ctc", mask_threshold=0.9, mask_iterations=3)
+    for row, nbest in enumerate(mask_ctc(model, enc_out, enc_lens, config)):
+        assert same(nbest[0], plain_mask_ctc(model, enc_out[row, : enc_lens[row]], config))
+
+
+# ------------------------------------------------------------------------------------------------ the search
+
+
+def test_silence_is_an_empty_hypothesis_beside_others() -> None:
+    model = make_model()
+    enc_out, enc_lens = encoded([12, 12], 0)
+    enc_out[0] = 0.0
+    with torch.no_grad():
+        model.ctc.bias[BLANK] = 5.0  # what a frame of zeros says
+        enc_out[1] *= 4.0
+    config = DecodeConfig(method="mask_ctc")
+    (silence,), (speech,) = mask_ctc(model, enc_out, enc_lens, config)
+    assert silence.tokens == () and silence.score == 0.0 and silence.att is None
+    assert speech.tokens
+    assert [h.tokens for (h,) in mask_ctc(model, enc_out[:1], enc_lens[:1], config)] == [()]
+
+
+def test_output_that_is_not_finite_gives_no_hypothesis() -> None:
+    model = make_model()
+    enc_out, enc_lens = encoded([12, 12], 0)
+    enc_out[0, 3] = torch.nan
+    broken, good = mask_ctc(model, enc_out, enc_lens, DecodeConfig(method="mask_ctc"))
+    assert broken == [] and len(good) == 1
+    with torch.no_grad():
+        model.decoder.output.bias.fill_(torch.nan)
+    assert mask_ctc(model, *encoded([12], 0), DecodeConfig(method="mask_ctc", mask_threshold=1.0)) == [[]]
+
+
+@pytest.mark.parametrize(("rounds", "passes"), [(1, 1), (3, 3), (100, "hidden")])
+def test_the_decoder_makes_no_more_passes_than_rounds_and_hidden_tokens(
+    rounds: int, passes: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    calls: list[list[int]] = []
+    score = model.decoder.score
+
+    def counting(tokens: Tensor, *args: object) -> Tensor:
+        calls.append((tokens == BLANK).sum(dim=1).tolist())
+        return score(tokens, *args)
+
+    monkeypatch.setattr(model.decoder, "score", counting)
+    enc_out, enc_lens = encoded([40], 2)
+    mask_ctc(model, enc_out, enc_lens, DecodeConfig(method="mask_ctc", mask_threshold=1.0, mask_iterations=rounds))
+    hidden = [row for (row,) in calls]
+    assert hidden[0] > 3
+    assert len(calls) == (hidden[0] if passes == "hidden" else passes)
+    shares = [before - after for before, after in itertools.pairwise([*hidden, 0])]
+    assert max(shares) - min(shares) <= 1  # evenly
+
+
+def test_a_threshold_of_zero_is_the_greedy_output() -> None:
+    model = make_model()
+    feats, lens = torch.randn(3, 80, BINS), torch.tensor([80, 61, 70])
+    ours = decode_batch(model, feats, lens, DecodeConfig(method="mask_ctc", mask_threshold=0.0))
+    greedy = decode_batch(model, feats, lens, DecodeConfig(method="ctc_greedy"))
+    assert [h.tokens for (h,) in ours] == [h.tokens for (h,) in greedy]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "advice"),
+    [
+        ("attention", "mask_ctc", "has one of type attention; train one with --set model.decoder.type=mask_ctc"),
+        ("mask_ctc", "beam", "decode with method mask_ctc"),
+        ("mask_ctc", "attention_rescoring", "decode with method mask_ctc"),
+    ],
+)
+def test_a_search_the_decoder_was_not_trained_for_is_refused_with_what_to_do(kind: str, method: str, advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        check_method(make_model(kind), DecodeConfig(method=method))
+    for other in ("ctc_greedy", "ctc_beam"):
+        check_method(make_model(kind), DecodeConfig(method=other))
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 1000))
+def test_at_least_one_token_is_hidden_and_never_padding(lens: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    token_lens = torch.tensor(lens)
+    hidden = draw_hidden(token_lens, max(lens))
+    for row, length in enumerate(lens):
+        assert hidden[row].sum() >= min(length, 1)
+        assert not hidden[row, length:].any()
+    even, odd = every_other(token_lens, max(lens))
+    assert torch.equal(even.int() + odd.int(), (torch.arange(max(lens)) < token_lens.unsqueeze(1)).int())
+
+
+def test_every_number_of_hidden_tokens_and_every_place_is_equally_likely() -> None:
+    torch.manual_seed(0)
+    hidden = draw_hidden(torch.full((20000,), 4), 6)
+    counts = torch.bincount(hidden.sum(dim=1), minlength=5)
+    assert counts[0] == 0
+    assert torch.allclose(counts[1:] / 20000, torch.tensor(0.25), atol=0.015)
+    assert torch.allclose(hidden[:, :4].float().mean(dim=0), torch.tensor(2.5 / 4), atol=0.015)
+
+
+def test_hidden_tokens_are_fed_as_blank_and_only_they_are_asked_for() -> None:
+    tokens, lens = torch.tensor([[3, 4, 5], [6, 99, -7]]), torch.tensor([3, 1])
+    hidden = torch.tensor([[False, True, False], [True, False, False]])
+    tokens_in, targets = hidden_targets(tokens, lens, hidden, blank_id=BLANK)
+    assert tokens_in.tolist() == [[3, BLANK, 5], [BLANK, BLANK, BLANK]]
+    assert targets.tolist() == [[IGNORE, 4, IGNORE], [6, IGNORE, IGNORE]]
+
+
+def a_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    feats, tokens = torch.randn(3, 80, BINS, generator=generator), torch.randint(1, END, (3, 6), generator=generator)
+    return feats, torch.tensor([80, 61, 70]), tokens, torch.tensor([6, 2, 5])
+
+
+def test_the_decoder_sees_what_stands_behind_a_hidden_token_but_no_padding() -> None:
+    decoder = make_model().decoder
+    enc_out, enc_lens = encoded([20], 0)
+    tokens = torch.tensor([[3, BLANK, 5, 6]])
+    with torch.no_grad():
+        full = decoder(tokens, torch.tensor([4]), enc_out, enc_lens)
+        behind = decoder(torch.tensor([[3, BLANK, 5, 7]]), torch.tensor([4]), enc_out, enc_lens)
+        short = decoder(tokens[:, :3], torch.tensor([3]), enc_out, enc_lens)
+        padded = decoder(tokens, torch.tensor([3]), enc_out, enc_lens)
+    assert not torch.allclose(full[0, 1], behind[0, 1])
+    assert torch.allclose(short[0], padded[0, :3], atol=1e-5)
+
+
+def test_evaluation_is_a_function_of_the_utterance_alone_and_asks_for_each_token_once() -> None:
+    model = make_model()
+    feats, feat_lens, tokens, token_lens = a_batch()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        whole = model(feats, feat_lens, tokens, token_lens)
+        torch.manual_seed(2)
+        parts = [
+            model(feats[[i], : feat_lens[i]], feat_lens[[i]], tokens[[i], : token_lens[i]], token_lens[[i]]) for i in range(3)
+        ]
+    assert whole.num_tokens == sum(p.num_tokens for p in parts) == 13
+    assert whole.num_correct == sum(p.num_correct for p in parts)
+    assert float(whole.att) == pytest.approx(sum(float(p.att) for p in parts), rel=1e-4)
+
+
+def test_training_draws_are_those_of_the_seed_and_estimate_the_loss_of_the_sentence() -> None:
+    model, batch = make_model().train(), a_batch()
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return float(model(*batch).att.detach())
+
+    assert loss(1) == loss(1) != loss(2)
+    # With a decoder that knows nothing every token costs ln V, however many were hidden.
+    with torch.no_grad():
+        model.decoder.output.weight.zero_()
+        model.decoder.output.bias.zero_()
+    for seed in range(5):
+        assert loss(seed) == pytest.approx(13 * math.log(VOCAB), rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_transcripts_cost_the_decoder_nothing(training: bool) -> None:
+    model = make_model(decoder_self=PenaltyConfig(shape="log")).train(training)
+    feats, feat_lens, tokens, _ = a_batch()
+    for width, lens in ((6, [6, 0, 5]), (0, [0, 0, 0])):
+        model.zero_grad()
+        losses = model(feats, feat_lens, tokens[:, :width], torch.tensor(lens))
+        losses.total.backward()
+        assert losses.num_tokens == sum(lens) and losses.total.isfinite()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert losses.att == 0.0
+
+
+def test_a_tiny_model_learns_and_corrects_what_ctc_gets_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sentences are 1 2 3 or 4 5 6, some with a silent middle, which CTC then takes for the other sentence's."""
+    generator = torch.Generator().manual_seed(5)
+    patterns = torch.randn(7, BINS, generator=generator)
+
+    def audio(*sounds: Tensor) -> Tensor:
+        clean = torch.stack(sounds).repeat_interleave(16, dim=0)
+        return clean + 0.05 * torch.randn(clean.shape, generator=generator)
+
+    kinds = [[1, 2, 3], [4, 5, 6]]
+    loudness = torch.ones(8, 3, 1)
+    loudness[4:, 1] = 0.0
+    feats = torch.stack([audio(*(patterns[kinds[i % 2]] * loudness[i])) for i in range(8)])
+    lens, tokens = torch.full((8,), 48), torch.tensor([kinds[i % 2] for i in range(8)])
+    config = ModelConfig(
+        encoder=EncoderConfig(
+            layers=1,
+            dim=32,
+            heads=2,
+            ff_dim=64,
+            dropout=0.0,
+            positional_dropout=0.0,
+            position="none",
+            subsampling=SubsamplingConfig(channels=16),
+        ),
+        decoder=DecoderConfig(type="mask_ctc", layers=1, heads=2, ff_dim=64, dropout=0.0, positional_dropout=0.0),
+        attention_penalty=AttentionPenaltyConfig(encoder_self=PenaltyConfig(shape="window", window=1)),
+    )
+    torch.manual_seed(0)
+    model = Recognizer(config=config, num_mel_bins=BINS, vocab_size=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for step in range(120):
+        torch.manual_seed(step)
+        losses = model(feats, lens, tokens, torch.full((8,), 3))
+        optimizer.zero_grad()
+        (losses.total / losses.num_tokens).backward()
+        optimizer.step()
+        history.append(float(losses.total.detach()))
+    assert sum(history[-10:]) < 0.5 * sum(history[:10])
+    model.eval()
+    frames = torch.tensor([1, BLANK, 5, 5, BLANK, 3, BLANK, BLANK, BLANK, BLANK, BLANK])
+    heard = torch.full((1, 11, 8), 1e-5).scatter(2, frames.view(1, -1, 1), 1.0)
+    heard[0, 2:4, 5], heard[0, 2:4, 2] = 0.6, 0.4
+    monkeypatch.setattr(model, "ctc_log_probs", lambda enc_out: heard.log())
+    silent = audio(patterns[1], 0.0 * patterns[2], patterns[3]).unsqueeze(0)
+    (greedy,) = decode_batch(model, silent, torch.tensor([48]), DecodeConfig(method="ctc_greedy"))[0]
+    (ours,) = decode_batch(model, silent, torch.tensor([48]), DecodeConfig(method="mask_ctc"))[0]
+    assert greedy.tokens == (1, 5, 3)
+    assert ours.tokens == (1, 2, 3) and ours.att > -0.5
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {decoder: {type: mask_ctc}, ctc_weight: 0.0}", "corrects the CTC output, which ctc_weight 0 never trains"),
+        ("model: {decoder: {type: mask_ctc, layers: 0}, ctc_weight: 1.0}", "needs a decoder, but decoder.layers is 0"),
+        (
+            "model: {decoder: {type: mask_ctc}, attention_penalty: {cross: {shape: gaussian, sigma: 2.0, axis: ctc_prefix}}}",
+            "axis ctc_prefix follows the tokens before each position",
+        ),
+    ],
+)
+def test_what_mask_ctc_cannot_do_is_refused_before_training(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(text, TrainConfig)
+
+
+def test_stage_0_names_the_decoding_file_that_does_not_suit_the_decoder(tmp_path: Path) -> None:
+    from speechtx.bin.check import check_shapes
+    from speechtx.config.schema import FbankConfig
+
+    train = parse_config("model: {decoder: {type: mask_ctc}}", TrainConfig)
+    path = tmp_path / "decode.yaml"
+    (finding,) = check_shapes(train, FbankConfig(), {path: DecodeConfig()})
+    assert str(path) in finding.message and "mask_ctc" in finding.advice
+    assert not list(check_shapes(train, FbankConfig(), {path: DecodeConfig(method="mask_ctc")}))
+
+
+def test_cross_attention_penalties_on_every_other_axis_are_accepted() -> None:
+    for axis in sorted(set(CROSS) - {"ctc_prefix"}):
+        assert isinstance(make_model(layers=3, cross=CROSS[axis]).config.attention_penalty.cross, CrossPenaltyConfig)
