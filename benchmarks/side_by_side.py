@@ -40,6 +40,7 @@ class Report:
     """Tables as they come, and the points of the plot."""
 
     header: list[str]
+    title: str = "What the attention penalty costs"
     sections: list[str] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # name -> (T, ms)
     memory: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # name -> (T, MiB)
@@ -51,7 +52,7 @@ class Report:
         print(self.sections[-1] + "\n", flush=True)
 
     def text(self) -> str:
-        return "\n\n".join(["# What the attention penalty costs", *self.header, *self.sections]) + "\n"
+        return "\n\n".join([f"# {self.title}", *self.header, *self.sections]) + "\n"
 
 
 def alternate(candidates: Candidates, *, repeats: int, device: str = "cpu") -> dict[str, list[float]]:
