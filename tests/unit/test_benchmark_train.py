@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import train as benchmark
+from benchmarks.train_teams import Worker
 from benchmarks.train_worker import Spec, build_speechtx, make_batch, work
 
 
@@ -49,7 +50,7 @@ def test_a_worker_counts_the_operations_of_a_step_and_times_its_parts() -> None:
 
 
 def test_a_worker_that_dies_says_why() -> None:
-    worker = benchmark.Worker(Spec("nothing", benchmark.TINY, [], 1))
+    worker = Worker(Spec("nothing", benchmark.TINY, [], 1))
     with pytest.raises(RuntimeError, match="KeyError: 'nothing'"):
         worker.hear()
     worker.close()
