@@ -11,9 +11,11 @@ from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import beam_search, check_weights
+from speechtx.search.ctc_beam import ctc_beam_search
 from speechtx.search.greedy import ctc_greedy
 from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.mask_ctc import mask_ctc
+from speechtx.search.rescoring import rescore
 from speechtx.search.scorers import NO_SCORERS, Scorers
 
 
@@ -52,6 +54,12 @@ def decode_encoded(
         if config.method == "mask_ctc":
             return mask_ctc(model, enc_out, enc_lens, config)
         log_probs = model.ctc_log_probs(enc_out)
+        if config.method in ("ctc_beam", "attention_rescoring"):
+            rescoring = config.method == "attention_rescoring"
+            first = config.model_copy(update={"nbest": config.beam}) if rescoring else config
+            ids = {"blank_id": model.blank_id, "sos_eos_id": model.sos_eos_id}
+            nbests = ctc_beam_search(log_probs, enc_lens, first, scorers, **ids)
+            return rescore(model, enc_out, enc_lens, nbests, config, ctc_log_probs=log_probs) if rescoring else nbests
         best = ctc_greedy(log_probs, enc_lens, blank_id=model.blank_id, sos_eos_id=model.sos_eos_id)
         return [[hypothesis] if math.isfinite(hypothesis.score) else [] for hypothesis in best]
 
@@ -74,6 +82,11 @@ def method_problem(method: str, decoder: str) -> tuple[str, str] | None:
         return (
             f"method mask_ctc needs a decoder of type mask_ctc, but this model {found}",
             "train one with --set model.decoder.type=mask_ctc, or decode with method beam or ctc_greedy",
+        )
+    if method == "attention_rescoring" and decoder == "none":
+        return (
+            "method attention_rescoring needs a decoder, but this model has none",
+            "decode with CTC alone: method ctc_beam or ctc_greedy",
         )
     if method in ("beam", "attention_rescoring") and decoder == "mask_ctc":
         return (

@@ -12,6 +12,7 @@ from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError
 from speechtx.experiment.language_model import load_language_model
 from speechtx.model.language_model import LanguageModel
+from speechtx.search.hot_words import HotWords, encode_hot_words
 from speechtx.text.tokenizer import Tokenizer
 
 
@@ -85,7 +86,7 @@ def load_scorers(
         device: where the search runs.
 
     Raises:
-        ConfigError: a weight above 0 without its model.
+        ConfigError: a weight above 0 without its model; a hot word that the tokenizer cannot spell.
         ExperimentError: no language model there, or one that was made with another tokenizer.
         DataError: a wrong ARPA file.
     """
@@ -96,6 +97,9 @@ def load_scorers(
         if path is None:
             raise ConfigError(_missing(name, config))
         found[name] = load_language_model(path, tokens=tokenizer.pieces, device=device)
+    if config.hot_words:
+        phrases = encode_hot_words(config.hot_words, tokenizer)
+        found["hot_words"] = HotWords(phrases, bonus=config.hot_word_bonus, vocab_size=tokenizer.vocab_size).to(device)
     return Scorers(**found)
 
 
