@@ -29,7 +29,14 @@ VERBS: tuple[tuple[str, dict[str, str]], ...] = (
     ("stage 4, training", {"train": "train a model, or continue where it was stopped"}),
     ("stages 3 and 4, language models", {"lm": "n-gram and Transformer: ngram, train, perplexity"}),
     ("stage 5, averaging", {"average": "average the best epochs' weights into model.pt"}),
-    ("stage 6, recognition", {"decode": "recognise a data directory", "transcribe": "recognise audio files"}),
+    (
+        "stage 6, recognition",
+        {
+            "tune": "choose decoding weights on the development set",
+            "decode": "recognise a data directory",
+            "transcribe": "recognise audio files",
+        },
+    ),
     ("stage 7, scoring", {"score": "WER, CER or TER with NIST sclite", "results": "write RESULTS.md from what was scored"}),
     ("pictures", {"curves": "training curves as PNG", "attention": "attention maps, with and without penalty"}),
     ("recipes' plumbing", {"stamp": "tell whether a stage's inputs changed since it finished"}),

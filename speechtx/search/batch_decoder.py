@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,10 @@ class BatchDecoder:
     configs: Sequence[DecodeConfig]
     scorers: Sequence[Scorers]
     device: str
+
+    def only(self, indices: Sequence[int]) -> BatchDecoder:
+        """The same with some of the configurations."""
+        return replace(self, configs=[self.configs[i] for i in indices], scorers=[self.scorers[i] for i in indices])
 
     def batches(self, utterances: Sequence[Utterance]) -> Iterator[list[list[Decoded]]]:
         """Decodes utterances of similar length together; yields, for every batch, a list for each configuration.

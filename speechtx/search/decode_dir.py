@@ -43,7 +43,7 @@ def decode_job(
     share = job_share(system.exp, data_dir, job=job, num_jobs=num_jobs)
     part = PartWriter(
         out_dir / "parts" / f"{job}.jsonl",
-        key=run_key(system, config, data_dir, num_jobs),
+        key=run_keys(system, [config], data_dir, num_jobs)[0],
         device=device,
         threads=torch.get_num_threads(),
     )
@@ -77,15 +77,13 @@ def job_share(exp: Experiment, data_dir: Path, *, job: int, num_jobs: int) -> li
     return sorted(load_manifest(data_dir, text=False), key=lambda u: (-u.num_frames, u.id.encode()))[job - 1 :: num_jobs]
 
 
-def run_key(system: System, config: DecodeConfig, data_dir: Path, num_jobs: int) -> RunKey:
-    """What the results of a decoding depend on."""
-    return RunKey(
-        system=system.identify([config]),
-        config=config.model_dump(mode="json"),
-        data_sha256=data_digest(data_dir),
-        num_jobs=num_jobs,
-        version=__version__,
-    )
+def run_keys(system: System, configs: Sequence[DecodeConfig], data_dir: Path, num_jobs: int) -> list[RunKey]:
+    """What the results of decoding with each configuration depend on."""
+    data = data_digest(data_dir)
+    return [
+        RunKey(system=identity, config=config.model_dump(mode="json"), data_sha256=data, num_jobs=num_jobs, version=__version__)
+        for config, identity in zip(configs, system.identify(configs), strict=True)
+    ]
 
 
 def open_decoder(system: System, configs: Sequence[DecodeConfig], data_dir: Path, device: str) -> BatchDecoder:

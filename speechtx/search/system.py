@@ -101,17 +101,16 @@ class System:
         """Whose features and tokenizer are used."""
         return self.exps[0]
 
-    def identify(self, configs: Sequence[DecodeConfig]) -> SystemId:
-        """Digests of all weights, and of those language models that one of `configs` gives a weight.
+    def identify(self, configs: Sequence[DecodeConfig]) -> list[SystemId]:
+        """For each configuration, digests of all weights and of those language models that it gives a weight.
 
         Raises:
             ExperimentError: a file is not there.
         """
-        lm = self.lm if any(config.lm_weight for config in configs) else None
-        ngram = self.ngram if any(config.ngram_weight for config in configs) else None
-        return SystemId(
-            tuple(map(file_id, self.weights)), None if lm is None else file_id(lm), None if ngram is None else file_id(ngram)
-        )
+        members = tuple(map(file_id, self.weights))
+        lm = file_id(self.lm) if self.lm is not None and any(config.lm_weight for config in configs) else None
+        ngram = file_id(self.ngram) if self.ngram is not None and any(config.ngram_weight for config in configs) else None
+        return [SystemId(members, lm if config.lm_weight else None, ngram if config.ngram_weight else None) for config in configs]
 
     def load_model(self, device: str) -> Recognizer:
         """The model, or the ensemble, which looks like one to a search.

@@ -19,6 +19,8 @@ utils=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 nj=4 cmd="$utils/parallel/run.sh" config=conf/fbank.yaml compress=false backend=kaldi-native-fbank allow_pipes=false
 # shellcheck source=utils/parse_options.sh
 source "$utils/parse_options.sh"
+# shellcheck source=utils/progress.sh
+source "$utils/progress.sh"
 
 if (($# != 1)); then
   echo "fbank.sh: error: expected one data directory, found $#; fbank.sh --help shows an example" >&2
@@ -36,21 +38,6 @@ nj=$((nj > utterances ? utterances : nj))
 nj=$((nj > 0 ? nj : 1))
 read -ra runner <<<"$cmd"   # a command and its options
 
-# Shows one line that is rewritten every second: how far all jobs together are, their rate and the time left.
-watch_progress() {
-  local start=$EPOCHREALTIME
-  while sleep 1; do
-    cat "$data"/fbank/feats.*.progress 2>/dev/null | awk -v utterances="$utterances" -v start="$start" -v now="$EPOCHREALTIME" '
-      { done += $1; audio += $3 }
-      END {
-        elapsed = now - start
-        if (!done) exit
-        left = elapsed / done * (utterances - done)
-        printf "  fbank %d/%d utterances, %.0f/s, %.0f x real time, %d:%02d left\033[K\r", done, utterances, done / elapsed, audio / elapsed, left / 60, left % 60
-      }' >&2 || true
-  done
-}
-
 # What an earlier run left would point into archives that are about to change.
 mkdir -p "$data/fbank/log"
 rm -f "$data"/{feats.scp,utt2num_frames,utt2dur,fbank.yaml,cmvn.scp,global_cmvn.ark} "$data"/fbank/{feats.*,.feats.*,cmvn.ark,skipped.txt,log/fbank.*.log}
@@ -59,17 +46,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # the jobs are the parallelism
 options=(--data "$data" --config "$config" --backend "$backend")
 $compress && options+=(--compress)
 $allow_pipes && options+=(--allow-pipes)
-watcher=''
-if [[ -t 2 ]]; then
-  watch_progress &
-  watcher=$!
-  trap 'kill "$watcher" 2>/dev/null || true' EXIT
-fi
+watch_progress fbank "$data/fbank"
 "${runner[@]}" "JOB=1:$nj" "$data/fbank/log/fbank.JOB.log" speechtx fbank "${options[@]}" --job JOB --num-jobs "$nj"
-if [[ -n $watcher ]]; then
-  kill "$watcher" 2>/dev/null || true
-  printf '\033[K' >&2
-fi
+stop_progress
 
 speechtx fbank --data "$data" --config "$config" --num-jobs "$nj" --merge
 speechtx cmvn --data "$data"
