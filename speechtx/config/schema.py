@@ -64,6 +64,7 @@ class SpecAugmentConfig(Section):
     num_time_masks: NonNegative = 2
     time_mask_width: NonNegative = 40  # T, frames; each width is uniform in [0, T]
     time_mask_max_ratio: Fraction = 0.2  # no single time mask covers more than this share of the utterance
+    frames_per_time_mask: NonNegative = 0  # above 0: num_time_masks, or one for every so many frames if that is more
 
 
 class TokenizerConfig(Section):
@@ -267,6 +268,28 @@ class AverageConfig(Section):
     by: Literal["dev_acc", "dev_loss", "last"] = "dev_acc"
 
 
+class NoiseConfig(Section):
+    """Noise made of the training set itself: frames of another utterance are added to an utterance's mel energies."""
+
+    probability: Fraction = 0.5
+    snr_db: Annotated[tuple[float, float], Field(strict=False)] = (5.0, 25.0)  # uniform between the two
+    source: Literal["pauses", "speech"] = "pauses"  # the other utterance's quietest tenth, or all of it
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if not -100.0 <= self.snr_db[0] <= self.snr_db[1] <= 100.0:
+            raise ValueError(f"snr_db {list(self.snr_db)} must be the lower and the upper end of a range of decibels")
+        return self
+
+
+class PerturbConfig(Section):
+    """Changes of the features before CMVN, drawn anew for each utterance and epoch, in training only; zeros change nothing."""
+
+    vtlp: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0  # vocal tract length, uniform in 1 +- this (Jaitly and Hinton 2013)
+    volume_db: NonNegativeFloat = 0.0  # level, uniform in +- this; with cmvn: utterance it cancels
+    noise: NoiseConfig | None = None
+
+
 class ConsistencyConfig(Section):
     """CR-CTC (Yao et al., ICLR 2025): each utterance is trained on in two SpecAugment views whose CTC outputs are to agree.
 
@@ -291,6 +314,7 @@ class TrainingConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     specaugment: SpecAugmentConfig | None = SpecAugmentConfig()
+    perturb: PerturbConfig = PerturbConfig()
     consistency: ConsistencyConfig | None = None
     ema: EmaConfig | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it, else float32

@@ -20,7 +20,10 @@ from speechtx.config.schema import FeaturesConfig, SpecAugmentConfig
 from speechtx.data.ark import read_matrix, read_scp
 from speechtx.data.manifest import Utterance
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
+from speechtx.frontend.perturb_features import FeaturePerturbation
 from speechtx.frontend.specaugment import spec_augment, spec_augment_views
+
+PERTURBATION = 3  # number of its random stream; 1 and 2 are those of the views
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,11 @@ class FeatureReader:
                 self.speaker_cmvn[speaker] = CmvnStats.from_matrix(read_matrix(location, dtype=np.float64, key=speaker))
 
     def __call__(self, utterance: Utterance) -> np.ndarray:
-        """Returns normalised features (T, F), float32.
+        """Returns normalised features (T, F), float32; raises what `read` does."""
+        return self.normalise(utterance, self.read(utterance))
+
+    def read(self, utterance: Utterance) -> np.ndarray:
+        """Returns features (T, F) as they are stored.
 
         Raises:
             DataError: unreadable or non-finite features, another width, or a length other than utt2num_frames says.
@@ -83,6 +90,10 @@ class FeatureReader:
             raise DataError(
                 f"{where}: {feats.shape[0]} frames, but utt2num_frames says {utterance.num_frames}; run stage fbank again"
             )
+        return feats
+
+    def normalise(self, utterance: Utterance, feats: np.ndarray) -> np.ndarray:
+        """The utterance's features, or what perturbation made of them, after CMVN."""
         stats = self._stats(utterance, feats)
         return feats if stats is None else apply_cmvn(feats, stats, norm_vars=self.config.norm_vars)
 
@@ -108,7 +119,8 @@ class Corpus(Dataset[Batch | DataError]):
         tokens: token ids of each row; empty lists when decoding.
         reader: reads and normalises features.
         specaugment: masks to draw, None for none.
-        seed: of the masks.
+        perturb: changes the features before they are normalised, None for none.
+        seed: of the masks and changes.
         views: how many times each utterance is in a batch, masked anew each time but with the same time warp. A batch of N
             utterances has views * N rows: all utterances in their first view, then all in their second.
     """
@@ -120,6 +132,7 @@ class Corpus(Dataset[Batch | DataError]):
         tokens: Sequence[Sequence[int]],
         reader: FeatureReader,
         specaugment: SpecAugmentConfig | None = None,
+        perturb: FeaturePerturbation | None = None,
         seed: int = 0,
         views: int = 1,
     ) -> None:
@@ -127,6 +140,7 @@ class Corpus(Dataset[Batch | DataError]):
         self.tokens = tokens
         self.reader = reader
         self.specaugment = specaugment
+        self.perturb = perturb
         self.seed = seed
         self.views = views
         self.epoch = 0
@@ -156,13 +170,22 @@ class Corpus(Dataset[Batch | DataError]):
 
     def _features(self, index: int) -> list[np.ndarray]:
         """The views of one utterance."""
-        feats = self.reader(self.utterances[index])
+        feats = self._normalised(index)
         if self.specaugment is None:
             return [feats] * self.views
         rng = self._generator(index)
         if self.views == 1:
             return [spec_augment(feats, self.specaugment, rng)]
         return spec_augment_views(feats, self.specaugment, rng, [self._generator(index, 1 + v) for v in range(self.views)])
+
+    def _normalised(self, index: int) -> np.ndarray:
+        utterance = self.utterances[index]
+        if self.perturb is None:
+            return self.reader(utterance)
+        rng = self._generator(index, PERTURBATION)
+        other = int(rng.integers(len(self.utterances)))
+        feats = self.perturb(self.reader.read(utterance), rng, lambda: self.reader.read(self.utterances[other]))
+        return self.reader.normalise(utterance, feats)
 
     def _generator(self, *where: int) -> np.random.Generator:
         """Of the utterance `where[0]` in this epoch; a further number above 0 gives another stream (0 would give the same)."""

@@ -39,7 +39,10 @@ def mask_bands(augmented: np.ndarray, config: SpecAugmentConfig, rng: np.random.
     for start, stop in _bands(num_bins, config.num_freq_masks, config.freq_mask_width, rng):
         augmented[:, start:stop] = 0.0
     widest = min(config.time_mask_width, int(config.time_mask_max_ratio * num_frames))
-    for start, stop in _bands(num_frames, config.num_time_masks, widest, rng):
+    number = config.num_time_masks
+    if config.frames_per_time_mask:
+        number = max(number, num_frames // config.frames_per_time_mask)
+    for start, stop in _bands(num_frames, number, widest, rng):
         augmented[start:stop] = 0.0
     return augmented
 

@@ -23,10 +23,11 @@ import speechtx
 from speechtx.config.atomic import replacing, write_text
 from speechtx.config.errors import TrainingError
 from speechtx.config.load import dump_config, load_config
-from speechtx.config.schema import FbankConfig, TrainConfig
+from speechtx.config.schema import FbankConfig, PerturbConfig, TrainConfig
 from speechtx.data.loader import Corpus, FeatureReader
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
 from speechtx.experiment.experiment import Experiment
+from speechtx.frontend.perturb_features import FeaturePerturbation
 from speechtx.model.losses import ctc_min_frames
 from speechtx.model.subsampling import subsampled_length
 from speechtx.text.tokenizer import Tokenizer
@@ -189,17 +190,21 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
         if selection.left_out:
             line += f"; {len(selection.left_out)} left out, for example {' '.join(selection.left_out[0])} (all in {report})"
         notes.append(line)
+        augmentation = _augmentation(config, experiment.fbank) if name == "train" else {}
         corpora.append(
-            Corpus(
-                utterances=selection.utterances,
-                tokens=selection.tokens,
-                reader=reader,
-                specaugment=config.training.specaugment if name == "train" else None,
-                seed=config.seed,
-                views=2 if config.training.consistency is not None and name == "train" else 1,
-            )
+            Corpus(utterances=selection.utterances, tokens=selection.tokens, reader=reader, seed=config.seed, **augmentation)
         )
     return corpora[0], corpora[1], notes
+
+
+def _augmentation(config: TrainConfig, fbank: FbankConfig) -> dict[str, Any]:
+    """What the training corpus does to its features and the dev corpus does not."""
+    perturb = config.training.perturb
+    return {
+        "specaugment": config.training.specaugment,
+        "perturb": FeaturePerturbation(config=perturb, fbank=fbank) if perturb != PerturbConfig() else None,
+        "views": 2 if config.training.consistency is not None else 1,
+    }
 
 
 def check_features_agree(data: TrainingData) -> FbankConfig:

@@ -79,6 +79,17 @@ def test_mask_widths_are_uniform_from_none_to_the_full_width_and_reach_both_edge
     assert masks[:, 0].any() and masks[:, -1].any()
 
 
+def test_long_utterances_get_a_time_mask_for_every_so_many_frames_and_short_ones_no_less_than_before() -> None:
+    config = OFF.model_copy(update={"time_mask_width": 1, "time_mask_max_ratio": 1.0, "frames_per_time_mask": 50})
+    for num_masks, num_frames, most in ((0, 500, 10), (0, 49, 0), (3, 49, 3), (3, 500, 10)):
+        masked = [
+            int((spec_augment(ones(num_frames), config.model_copy(update={"num_time_masks": num_masks}), rng) == 0).all(1).sum())
+            for rng in map(np.random.default_rng, range(200))
+        ]
+        assert max(masked) <= most
+        assert np.mean(masked) == pytest.approx(most / 2, rel=0.15)  # each mask is 0 or 1 frame wide
+
+
 @given(seed=st.integers(0, 100_000), num_frames=st.integers(1, 80), window=st.integers(1, 10))
 def test_time_warp_keeps_both_ends_and_never_runs_backwards(seed: int, num_frames: int, window: int) -> None:
     clock = np.arange(num_frames, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)

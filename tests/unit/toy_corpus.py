@@ -39,6 +39,10 @@ REGULARISERS = [
     "model.intermediate_ctc.layers=[1]",
     "model.intermediate_ctc.condition=true",
     "training.ema.decay=0.8",
+    "training.perturb.vtlp=0.1",
+    "training.perturb.volume_db=3",
+    "training.perturb.noise.probability=0.5",
+    "training.specaugment.frames_per_time_mask=30",
 ]
 
 
