@@ -1,7 +1,8 @@
-"""Language models over the recipe's tokens: n-gram (stage 3) and Transformer (stage 4).
+"""Language models over the recipe's tokens: n-gram, whole words (stage 3) and Transformer (stage 4).
 
 examples:
   speechtx lm ngram --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/a exp/lm/a/ngram
+  speechtx lm lexicon --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/a exp/lm/a/lexicon
   speechtx lm train --config conf/lm.yaml --train data/train --dev data/dev --tokenizer data/tokenizer/a exp/lm/a/transformer
   speechtx lm perplexity exp/lm/a/ngram data/test
 """
@@ -27,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return sub
 
     ngram = command("ngram", "estimate an n-gram (modified Kneser-Ney) and write it as an ARPA file", _ngram)
+    lexicon = command("lexicon", "estimate an n-gram of whole words and list them: no other word can be recognised", _lexicon)
     train = command("train", "train a Transformer, or continue where it was stopped", _train)
-    for sub in (ngram, train):
+    for sub in (ngram, lexicon, train):
         sub.add_argument("--config", type=Path, required=True, metavar="FILE", help="conf/lm.yaml")
         sub.add_argument(
             "--set",
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU (default: 0)")
     texts = command("texts", "print the texts that a section names, one a line (recipes' plumbing)", _texts)
     texts.add_argument("--config", type=Path, required=True, metavar="FILE", help="conf/lm.yaml")
-    texts.add_argument("section", choices=("ngram", "transformer"))
+    texts.add_argument("section", choices=("ngram", "lexicon", "transformer"))
     measure = command("perplexity", "print the perplexity of texts, per token and per word", _perplexity)
     measure.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed for a bare ARPA file; else the model's own")
     measure.add_argument("lm", type=Path, metavar="LM", help="a language model's directory, or an ARPA file")
@@ -81,6 +83,17 @@ def _ngram(args: argparse.Namespace) -> int:
     if config is None:
         raise ConfigError(f"{args.config}: no section ngram; write for example `ngram: {{order: 3}}`")
     make_ngram(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out)
+    return 0
+
+
+def _lexicon(args: argparse.Namespace) -> int:
+    from speechtx.config.errors import ConfigError
+    from speechtx.training.lexicon import make_lexicon
+
+    config = _config(args.config, args.overrides).lexicon
+    if config is None:
+        raise ConfigError(f"{args.config}: no section lexicon; write for example `lexicon: {{order: 2}}`")
+    make_lexicon(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out)
     return 0
 
 

@@ -21,6 +21,14 @@ class NgramConfig(Section):
     text: Texts = ()
 
 
+class LexiconConfig(Section):
+    """Whole words: an n-gram over a closed list of words, which are spelled with the recipe's tokens. No other word comes out."""
+
+    order: Annotated[int, Field(ge=0, le=10)] = 2  # of words, modified Kneser-Ney; 0: every word equally likely, always
+    text: Texts = ()  # its words are the list
+    words: Annotated[tuple[str, ...], Field(strict=False)] = ()  # files with further words, separated by white space
+
+
 class TransformerLmConfig(Section):
     """A causal Transformer (pre-norm) over the recipe's tokens."""
 
@@ -58,4 +66,5 @@ class LmConfig(Section):
     """The whole of `conf/lm.yaml`; a section that is absent makes no such model."""
 
     ngram: NgramConfig | None = None
+    lexicon: LexiconConfig | None = None
     transformer: TransformerLmConfig | None = None

@@ -1,6 +1,7 @@
 """What lies in a language model's directory, and how to open it again.
 
 <lm>/ngram/          ngram.arpa                config.yaml  tokenizer/  perplexity.json
+<lm>/lexicon/        ngram.arpa, lexicon.txt   config.yaml  tokenizer/  perplexity.json
 <lm>/transformer/    model.pt, checkpoints/    config.yaml  tokenizer/  perplexity.json  metrics.jsonl  train.log  run.json
 """
 
@@ -11,23 +12,26 @@ from pathlib import Path
 
 import torch
 
-from speechtx.config.errors import ExperimentError
+from speechtx.config.errors import DataError, ExperimentError
 from speechtx.config.lm import TransformerLmConfig
 from speechtx.config.load import load_config
 from speechtx.experiment.experiment import load_weights
 from speechtx.model.language_model import TransformerLM
+from speechtx.model.lexicon import LexiconLM
 from speechtx.model.ngram import NgramLM
-from speechtx.text.arpa import read_arpa
-from speechtx.text.tokenizer import Tokenizer
+from speechtx.text.arpa import BOS, EOS, UNK, read_arpa
+from speechtx.text.lexicon import read_lexicon
+from speechtx.text.tokenizer import BLANK, SOS_EOS, Tokenizer
 
 ARPA_FILE = "ngram.arpa"
+LEXICON_FILE = "lexicon.txt"
 WEIGHTS_FILE = "model.pt"
 
 
 def load_language_model(
     path: str | Path, *, tokens: Sequence[str], device: str | torch.device = "cpu"
-) -> TransformerLM | NgramLM:
-    """Opens a language model of either kind, in evaluation mode; both are a `speechtx.model.language_model.LanguageModel`.
+) -> TransformerLM | NgramLM | LexiconLM:
+    """Opens a language model of any kind, in evaluation mode; all are a `speechtx.model.language_model.LanguageModel`.
 
     Args:
         path: the directory of a model that `speechtx lm` made, or any ARPA file over the tokenizer's tokens.
@@ -36,14 +40,17 @@ def load_language_model(
 
     Raises:
         ExperimentError: there is no model at `path`, or it was made with other tokens.
-        DataError: the ARPA file is wrong, or has words that are no tokens; file and line are named.
+        DataError: the ARPA file is wrong, or has words that are no tokens, or the lexicon is wrong; file and line are named.
     """
     path = Path(path)
     if path.is_dir():
         require_same_tokens(path, tokens)
     arpa = path / ARPA_FILE if path.is_dir() else path
-    if arpa.is_file():
-        model: TransformerLM | NgramLM = NgramLM(arpa=read_arpa(arpa, vocabulary=tokens[1:-1]), tokens=tokens, source=str(arpa))
+    model: TransformerLM | NgramLM | LexiconLM
+    if (path / LEXICON_FILE).is_file():
+        model = _load_lexicon(path, tokens)
+    elif arpa.is_file():
+        model = NgramLM(arpa=read_arpa(arpa, vocabulary=tokens[1:-1]), tokens=tokens, source=str(arpa))
     elif (path / WEIGHTS_FILE).is_file():
         config = load_config(path / "config.yaml", TransformerLmConfig)
         model = TransformerLM(config=config, vocab_size=len(tokens))
@@ -53,6 +60,19 @@ def load_language_model(
             f"{path}: no language model: neither an ARPA file nor a directory with {ARPA_FILE} or {WEIGHTS_FILE}"
         )
     return model.to(device).eval()
+
+
+def _load_lexicon(path: Path, tokens: Sequence[str]) -> LexiconLM:
+    """The word n-gram and the spelling of its words."""
+    arpa = read_arpa(path / ARPA_FILE)
+    lexicon = read_lexicon(path / LEXICON_FILE, Tokenizer.load(path / "tokenizer"))
+    names = [BLANK, UNK, *(word for word in arpa.words if word not in (BOS, EOS, UNK)), SOS_EOS]
+    number = {name: i for i, name in enumerate(names)}
+    for word in lexicon:
+        if word not in number:
+            raise DataError(f"{path / LEXICON_FILE}: {word!r} is no unigram of {path / ARPA_FILE}, so that it has no probability")
+    words = NgramLM(arpa=arpa, tokens=names, source=str(path / ARPA_FILE))
+    return LexiconLM(words=words, spellings={number[word]: ids for word, ids in lexicon.items()}, tokens=tokens)
 
 
 def require_same_tokens(path: Path, tokens: Sequence[str]) -> None:

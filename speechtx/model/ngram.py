@@ -120,10 +120,10 @@ class NgramLM(nn.Module):
         Returns:
             log-probabilities (N, V) float32 of the next token, -inf for <blank>, and the new state.
         """
-        node = self._advance(state.node, self.alias[tokens] if self.has_aliases else tokens)
-        return self._scores(node), NgramState(node)
+        node = self.advance(state.node, self.alias[tokens] if self.has_aliases else tokens)
+        return self.scores(node), NgramState(node)
 
-    def _advance(self, node: Tensor, tokens: Tensor) -> Tensor:
+    def advance(self, node: Tensor, tokens: Tensor) -> Tensor:
         """(N,) nodes of the contexts after `tokens`: the target of the longest suffix's arc, or the token's own node."""
         alone = self.after[tokens]
         if not len(self.key):
@@ -135,7 +135,7 @@ class NgramLM(nn.Module):
         hit = found.gather(1, longest).squeeze(1) & (tokens != self.vocab_size - 1)
         return torch.where(hit, self.target[arc.gather(1, longest).squeeze(1)], alone)
 
-    def _scores(self, node: Tensor) -> Tensor:
+    def scores(self, node: Tensor) -> Tensor:
         """(N, V) log-probabilities after the contexts `node` (N,)."""
         chain = self.chain[node]
         # behind[:, k]: the back-off weights of all contexts longer than h_k

@@ -1,4 +1,4 @@
-"""Estimates n-grams over tokens: interpolated modified Kneser-Ney (Chen & Goodman 1998, section 3; the same as KenLM's lmplz).
+"""Estimates n-grams over tokens or words: interpolated modified Kneser-Ney (Chen & Goodman 1998, section 3; as KenLM's lmplz).
 
 With a(g) the count of an n-gram g at the highest order, and below it the number of different tokens seen before g (or g's
 count if it starts with <s>, which nothing can precede):
@@ -59,10 +59,26 @@ def estimate_ngram(sentences: Sequence[Sequence[int]], *, pieces: Sequence[str],
     Raises:
         DataError: there is no sentence, or none is long enough for a single n-gram of the highest order.
     """
+    # <blank> is in no text: its number, 0, is free for <s>; <sos/eos> is </s>.
+    return estimate_over(sentences, words=[BOS, UNK, *pieces[2:-1], EOS], order=order)
+
+
+def estimate_over(sentences: Sequence[Sequence[int]], *, words: Sequence[str], order: int) -> Estimate:
+    """Estimates a model over any vocabulary; without <unk> in it, it is closed: all probability goes to its words and </s>.
+
+    Args:
+        sentences: numbers in `words`, without <s> and </s>.
+        words: the vocabulary, <s> first and </s> last.
+        order: n; 0 for the uniform distribution alone.
+
+    Raises:
+        DataError: there is no sentence, or none is long enough for a single n-gram of the highest order.
+    """
+    words = list(words)
+    if order == 0:
+        return Estimate(_uniform(words), [], ())
     if not sentences:
         raise DataError("there is no sentence to estimate an n-gram from")
-    # <blank> is in no text: its number, 0, is free for <s>; <sos/eos> is </s>.
-    words = [BOS, UNK, *pieces[2:-1], EOS]
     orders = _count(sentences, vocab=len(words), order=order)
     if not len(orders[-1].rows):
         longest = max(len(sentence) for sentence in sentences)
@@ -89,6 +105,13 @@ def estimate_ngram(sentences: Sequence[Sequence[int]], *, pieces: Sequence[str],
         log_prob.append(_log10(prob))
         lower = prob
     return Estimate(Arpa(words, [o.rows for o in orders], log_prob, log_backoff), discounts, tuple(fallback))
+
+
+def _uniform(words: list[str]) -> Arpa:
+    """Every word and </s> equally likely."""
+    log_prob = np.full(len(words), -np.log10(len(words) - 1))
+    log_prob[0] = NEVER
+    return Arpa(words, [np.arange(len(words))[:, None]], [log_prob], [])
 
 
 def _count(sentences: Sequence[Sequence[int]], *, vocab: int, order: int) -> list[_Order]:

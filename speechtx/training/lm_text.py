@@ -11,6 +11,8 @@ from speechtx.data.kaldi_table import read_table
 from speechtx.text.normalize import split_words
 from speechtx.text.tokenizer import Tokenizer
 
+_UNK_ID = 1
+
 
 @dataclass(frozen=True)
 class LmText:
@@ -19,19 +21,32 @@ class LmText:
     Attributes:
         name: where they come from, for messages.
         sentences: token ids without <sos/eos>; none is empty.
-        words: of all sentences.
-        unknown: tokens that are <unk>.
+        word_counts: words of each sentence.
     """
 
     name: str
     sentences: list[list[int]]
-    words: int
-    unknown: int
+    word_counts: list[int]
+
+    @property
+    def words(self) -> int:
+        """Of all sentences."""
+        return sum(self.word_counts)
+
+    @property
+    def unknown(self) -> int:
+        """Tokens that are <unk>."""
+        return sum(ids.count(_UNK_ID) for ids in self.sentences)
 
     @property
     def tokens(self) -> int:
         """Of all sentences, without their ends."""
         return sum(len(sentence) for sentence in self.sentences)
+
+    def only(self, keep: Sequence[bool], *, name: str) -> LmText:
+        """The sentences that `keep` is true for, under another name."""
+        chosen = [i for i, kept in enumerate(keep) if kept]
+        return LmText(name, [self.sentences[i] for i in chosen], [self.word_counts[i] for i in chosen])
 
     def __str__(self) -> str:
         unknown = f" ({self.unknown} of them <unk>)" if self.unknown else ""
@@ -50,7 +65,7 @@ def read_text(sources: Sequence[str | Path], tokenizer: Tokenizer) -> LmText:
         DataError: not UTF-8, a reserved character, or no sentence at all; file and line are named where there are any.
     """
     sentences: list[list[int]] = []
-    words = 0
+    word_counts: list[int] = []
     for source in map(Path, sources):
         for where, line in _lines(source):
             try:
@@ -59,11 +74,20 @@ def read_text(sources: Sequence[str | Path], tokenizer: Tokenizer) -> LmText:
                 raise DataError(f"{where}: {err}") from None
             if ids:
                 sentences.append(ids)
-                words += len(split_words(line))
+                word_counts.append(len(split_words(line)))
     name = " ".join(map(str, sources))
     if not sentences:
         raise DataError(f"{name}: no sentence in it")
-    return LmText(name, sentences, words, sum(ids.count(tokenizer.unk_id) for ids in sentences))
+    return LmText(name, sentences, word_counts)
+
+
+def read_words(sources: Sequence[str | Path]) -> list[list[str]]:
+    """The same sentences as words, without a tokenizer.
+
+    Raises:
+        ConfigError, DataError: as `read_text`.
+    """
+    return [words for source in map(Path, sources) for _, line in _lines(source) if (words := split_words(line))]
 
 
 def _lines(source: Path) -> Iterator[tuple[str, str]]:

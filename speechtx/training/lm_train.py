@@ -294,10 +294,10 @@ def _lay_out(out: Path, config: TransformerLmConfig, tokenizer: Tokenizer) -> No
 
 def _fit(text: LmText, longest: int) -> LmText:
     """Leaves out sentences that are too long to train on, and says so in the text's name."""
-    kept = [ids for ids in text.sentences if len(ids) <= longest]
-    left_out = len(text.sentences) - len(kept)
+    keep = [len(ids) <= longest for ids in text.sentences]
+    left_out = keep.count(False)
     if not left_out:
         return text
-    if not kept:
+    if not any(keep):
         raise TrainingError(f"{text.name}: every sentence is longer than transformer.max_tokens {longest}")
-    return LmText(f"{text.name} (without {left_out} sentences of more than {longest} tokens)", kept, text.words, text.unknown)
+    return text.only(keep, name=f"{text.name} (without {left_out} sentences of more than {longest} tokens)")

@@ -2,6 +2,9 @@
 
 Each sentence's end is predicted like a token. The perplexity per word, exp(-log P / (words + sentences)) as in SRILM's `ppl`,
 compares models over different tokens, as long as none of the text is <unk>.
+
+To a model of whole words a sentence with a word that is not in its lexicon is impossible. Such sentences are left out and
+their words counted, so that its perplexity compares with others on the same sentences only.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from pathlib import Path
 import torch
 
 from speechtx.config.atomic import write_text
+from speechtx.config.errors import DataError
 from speechtx.model.language_model import LanguageModel
+from speechtx.model.lexicon import LexiconLM
 from speechtx.training.lm_text import LmText
 
 _SENTENCES_PER_BATCH = 256
@@ -22,7 +27,12 @@ _SENTENCES_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The counts of a text and its log-probability in nats."""
+    """The counts of a text and its log-probability in nats.
+
+    Attributes:
+        outside_words: that are not in the lexicon of a model of whole words.
+        outside_sentences: that hold such words; they are counted nowhere else.
+    """
 
     text: str
     sentences: int
@@ -30,6 +40,8 @@ class Perplexity:
     tokens: int
     unknown_tokens: int
     log_prob: float
+    outside_words: int = 0
+    outside_sentences: int = 0
 
     @property
     def per_token(self) -> float:
@@ -46,15 +58,28 @@ class Perplexity:
 
     def __str__(self) -> str:
         unknown = f", {self.unknown_tokens} <unk>" if self.unknown_tokens else ""
+        outside = (
+            f"; left out: {self.outside_sentences:,} sentences with {self.outside_words:,} words outside of the lexicon"
+            if self.outside_words
+            else ""
+        )
         return (
             f"{self.text}: perplexity {self.per_token:.2f} a token, {self.per_word:.2f} a word "
-            f"({self.sentences:,} sentences, {self.words:,} words, {self.tokens:,} tokens{unknown})"
+            f"({self.sentences:,} sentences, {self.words:,} words, {self.tokens:,} tokens{unknown}{outside})"
         )
 
 
 @torch.inference_mode()
 def perplexity(model: LanguageModel, text: LmText, *, device: str | torch.device = "cpu") -> Perplexity:
-    """Scores every sentence, a token a step, the way a search does."""
+    """Scores every sentence, a token a step, the way a search does.
+
+    Raises:
+        DataError: every sentence has a word that is not in the model's lexicon.
+    """
+    outside = [model.outside(ids) if isinstance(model, LexiconLM) else 0 for ids in text.sentences]
+    text = text.only([count == 0 for count in outside], name=text.name)
+    if not text.sentences:
+        raise DataError(f"{text.name}: every sentence has a word that is not in the lexicon, {sum(outside):,} in all")
     end = model.vocab_size - 1
     sentences = sorted(text.sentences, key=len, reverse=True)  # those that end leave the batch from its end
     log_prob = 0.0
@@ -74,7 +99,8 @@ def perplexity(model: LanguageModel, text: LmText, *, device: str | torch.device
             scores, state = model.step(last, state)
             last = targets[:alive, position]
             log_prob += float(scores.gather(1, last.unsqueeze(1)).double().sum())
-    return Perplexity(text.name, len(sentences), text.words, text.tokens, text.unknown, log_prob)
+    left_out = sum(outside), sum(map(bool, outside))
+    return Perplexity(text.name, len(sentences), text.words, text.tokens, text.unknown, log_prob, *left_out)
 
 
 def _exp(x: float) -> float:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Stages 3 and 4: makes one language model over a tokenizer's tokens: an n-gram, or a Transformer, whose training continues if
-# it was stopped.
+# Stages 3 and 4: makes one language model over a tokenizer's tokens: an n-gram, an n-gram of whole words with their spelling
+# (lexicon), or a Transformer, whose training continues if it was stopped.
 #
-# Usage: steps/lm.sh [options] ngram|transformer <train-dir> <dev-dir> <tokenizer-dir> <lm-dir>
+# Usage: steps/lm.sh [options] ngram|lexicon|transformer <train-dir> <dev-dir> <tokenizer-dir> <lm-dir>
 #  e.g.: steps/lm.sh --config conf/lm.yaml ngram data/train data/dev data/tokenizer/train exp/lm/train/ngram
 #
 #   --config FILE     the YAML with a section of that name (default conf/lm.yaml)
@@ -18,8 +18,8 @@ config=conf/lm.yaml set=() ngpu=0 restart=false
 # shellcheck source=utils/parse_options.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../parse_options.sh"
 
-if (($# != 5)) || [[ $1 != ngram && $1 != transformer ]]; then
-  echo "lm.sh: error: expected ngram or transformer and four directories; lm.sh --help shows an example" >&2
+if (($# != 5)) || [[ $1 != ngram && $1 != lexicon && $1 != transformer ]]; then
+  echo "lm.sh: error: expected ngram, lexicon or transformer and four directories; lm.sh --help shows an example" >&2
   exit 2
 fi
 kind=$1 train=${2%/} dev=${3%/} tokenizer=${4%/} lm=${5%/}
@@ -40,6 +40,6 @@ fi
 arguments=(--config "$config" --train "$train" --dev "$dev" --tokenizer "$tokenizer" "$lm")
 for override in "${set[@]}"; do arguments+=(--set "$override"); done
 case $kind in
-  ngram) exec speechtx lm ngram "${arguments[@]}" ;;
+  ngram | lexicon) exec speechtx lm "$kind" "${arguments[@]}" ;;
   transformer) exec speechtx lm train --ngpu "$ngpu" "${arguments[@]}" ;;
 esac
