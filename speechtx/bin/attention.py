@@ -94,9 +94,10 @@ def _draw(
         plot_maps(encoder_maps(model.encoder, feats, layers), title=title, frame_seconds=_frame_seconds(exp), out=out)
         print(out)
         if args.cross:
-            pieces = [*exp.tokenizer.encode_pieces(row.text), "<eos>"]
             maps = cross_maps(model, feats, exp.tokenizer.encode(row.text))
-            plot_cross_maps(maps, pieces, title=title, frame_seconds=_frame_seconds(exp), out=out.with_suffix(".cross.png"))
+            pieces = [*exp.tokenizer.encode_pieces(row.text), "<eos>"]  # which a decoder of type mask_ctc has no row for
+            rows = pieces[: maps[0].trained.shape[1]]
+            plot_cross_maps(maps, rows, title=title, frame_seconds=_frame_seconds(exp), out=out.with_suffix(".cross.png"))
             print(out.with_suffix(".cross.png"))
     return 0
 

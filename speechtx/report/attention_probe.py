@@ -79,6 +79,8 @@ def encoder_maps(encoder: Encoder, feats: Tensor, layers: Sequence[int] | None =
 def cross_maps(model: Recognizer, feats: Tensor, tokens: Sequence[int], layers: Sequence[int] | None = None) -> list[LayerMaps]:
     """The decoder's attention to the encoder, fed with the transcript; row i predicts token i, the last row <eos>.
 
+    A decoder of type mask_ctc has no last row, and predicts all tokens at once, each of them hidden.
+
     Args:
         model: in eval mode.
         feats: (T, F) normalised features.
@@ -86,19 +88,24 @@ def cross_maps(model: Recognizer, feats: Tensor, tokens: Sequence[int], layers: 
         layers: of the decoder, counted from 0; None for all.
 
     Raises:
-        ExperimentError: there is no decoder, or not that layer.
+        ExperimentError: there is no decoder, or not that layer, or nothing that it predicts.
     """
     if model.decoder is None:
         raise ExperimentError("this model has no decoder (decoder.layers 0), so there is no cross-attention to look at")
+    if not tokens and not model.decoder.causal:
+        raise ExperimentError("the transcript is empty, so a decoder of type mask_ctc predicts nothing to look at")
     wanted = _existing(layers, len(model.decoder.layers), "decoder")
     modules = {layer: cast(CrossAttention, model.decoder.layers[layer].cross) for layer in wanted}
     device = feats.device
     with _noted(modules) as calls:
-        model(
-            feats.unsqueeze(0),
-            torch.tensor([len(feats)], device=device),
-            torch.tensor([list(tokens)], dtype=torch.int64, device=device),
-            torch.tensor([len(tokens)], device=device),
+        enc_out, enc_lens = model.encode(feats.unsqueeze(0), torch.tensor([len(feats)], device=device))
+        fed = [model.sos_eos_id, *tokens] if model.decoder.causal else [model.blank_id] * len(tokens)
+        model.decoder(
+            torch.tensor([fed], device=device),
+            torch.tensor([len(fed)], device=device),
+            enc_out,
+            enc_lens,
+            ctc_log_probs=model.ctc_log_probs(enc_out) if model.decoder.needs_ctc else None,
         )
     config = model.config.attention_penalty.cross
     paying = config.selected_layers(len(model.decoder.layers)) if config.shape != "none" else ()

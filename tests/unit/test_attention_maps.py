@@ -149,12 +149,12 @@ def test_the_prior_shows_which_side_is_cheaper_and_milliseconds_as_frames() -> N
 # ---------------------------------------------------------------------------------------------------- cross-attention
 
 
-def make_recognizer(layers: int = 2, penalty: AttentionPenaltyConfig | None = None) -> Recognizer:
+def make_recognizer(layers: int = 2, penalty: AttentionPenaltyConfig | None = None, kind: str = "attention") -> Recognizer:
     torch.manual_seed(0)
     weight = 0.3 if layers else 1.0
     config = ModelConfig(
         encoder=ENCODER,
-        decoder=DecoderConfig(layers=layers, heads=2, ff_dim=32),
+        decoder=DecoderConfig(type=kind, layers=layers, heads=2, ff_dim=32),
         ctc_weight=weight,
         attention_penalty=penalty or AttentionPenaltyConfig(),
     )
@@ -186,6 +186,14 @@ def test_a_cross_penalty_shows_in_the_trained_map_and_not_in_the_other() -> None
     centre = (4.0 * (torch.arange(4) + 0.5) - 0.5)[:, None]
     far = (torch.arange(19)[None, :] - centre).abs() > 3
     assert (second.trained[:, far] == 0).all() and (second.without[:, far] > 0).all()
+
+
+def test_a_mask_ctc_decoder_has_a_row_for_each_token_and_none_for_the_end() -> None:
+    model, feats = make_recognizer(kind="mask_ctc"), torch.randn(80, 20)
+    for layer in cross_maps(model, feats, [1, 2, 3]):
+        assert layer.trained.shape == (2, 3, 19)
+    with pytest.raises(ExperimentError, match="transcript is empty"):
+        cross_maps(model, feats, [])
 
 
 def test_a_model_without_decoder_has_no_cross_attention_to_show() -> None:
@@ -310,6 +318,17 @@ def test_the_verb_draws_both_kinds_of_maps(experiment: tuple[Path, Path], tmp_pa
     utterance = (data / "text").read_text().split()[0]
     assert main(["attention", str(path), "--data", str(data), utterance, "--out", str(tmp_path), "--layers", "0", "--cross"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{utterance}.cross.png", f"{utterance}.png"]
+
+
+def test_the_verb_draws_a_mask_ctc_model_and_measures_it(experiment: tuple[Path, Path], tmp_path: Path) -> None:
+    path, data = experiment
+    shutil.copytree(path, tmp_path / "exp")
+    (tmp_path / "exp/config.yaml").write_text(dump_config(tiny_config("features.cmvn=speaker", "model.decoder.type=mask_ctc")))
+    utterance = (data / "text").read_text().split()[0]
+    arguments = ["attention", str(tmp_path / "exp"), "--data", str(data)]
+    assert main([*arguments, utterance, "--out", str(tmp_path / "maps"), "--cross"]) == 0
+    assert (tmp_path / "maps" / f"{utterance}.cross.png").is_file()
+    assert main([*arguments, "--measure"]) == 0
 
 
 def test_the_verb_measures_a_whole_directory_and_writes_json(

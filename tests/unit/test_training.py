@@ -85,8 +85,8 @@ def test_a_tiny_model_learns_and_the_experiment_can_be_opened_again(data: Traini
 
 @pytest.mark.parametrize(
     ("steps", "overrides"),
-    [(1, []), (4, []), (7, []), (4, REGULARISERS)],
-    ids=["1", "4", "7", "4-with-every-regulariser"],
+    [(1, []), (4, []), (7, []), (4, REGULARISERS), (4, ["model.decoder.type=mask_ctc"])],
+    ids=["1", "4", "7", "4-with-every-regulariser", "4-mask-ctc"],
 )
 def test_killed_and_continued_training_ends_with_the_same_bits(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, overrides: list[str]
