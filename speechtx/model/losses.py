@@ -21,8 +21,9 @@ class Losses:
         total: differentiable, ctc_weight * ctc + (1 - ctc_weight) * att, and what regularisers add in training.
         ctc: negative log-likelihood in nats, detached.
         att: label-smoothed cross entropy in nats, detached; 0 without a decoder.
-        num_tokens: int64, tokens plus one end of sentence per utterance.
-        num_correct: int64, of num_tokens, how many the decoder's argmax gets right given the right prefix; 0 without a decoder.
+        num_tokens: int64, tokens plus one end of sentence per utterance, which a decoder of type mask_ctc is not asked for.
+        num_correct: of num_tokens, how many the decoder's argmax gets right, given the right prefix or the right tokens that are
+            not hidden; int64, but float32 where training estimates it from those that were hidden; 0 without a decoder.
     """
 
     total: Tensor
@@ -55,20 +56,22 @@ def ctc_loss(log_probs: Tensor, enc_lens: Tensor, tokens: Tensor, token_lens: Te
     )
 
 
-def consistency_loss(log_probs: Tensor, enc_lens: Tensor) -> Tensor:
-    """Summed divergence of the CTC outputs of two views of the same utterances (Yao et al. 2025, equation 4).
+def consistency_loss(log_probs: Tensor, lens: Tensor, *, teachers_learn: bool = False) -> Tensor:
+    """Summed divergence of the outputs of two views of the same utterances (Yao et al. 2025, equation 4).
 
     Each view learns from the other, D(sg(b) || a) + D(sg(a) || b) in every frame: no gradient flows into the distribution that
     teaches. Half of this is the paper's loss; the other half is in the number of tokens, which counts both views too.
 
     Args:
         log_probs: (2N, S, V) float32, rows n and N + n being two views of utterance n.
-        enc_lens: (2N,) valid frames.
+        lens: (2N,) valid frames, or tokens.
+        teachers_learn: let gradients flow into both distributions, as R-Drop does (Liang et al., NeurIPS 2021, equation 2).
     """
-    valid = torch.arange(log_probs.shape[1], device=log_probs.device) < enc_lens[: len(enc_lens) // 2].unsqueeze(1)
+    valid = torch.arange(log_probs.shape[1], device=log_probs.device) < lens[: len(lens) // 2].unsqueeze(1)
     first, second = (view[valid] for view in log_probs.chunk(2))
-    return F.kl_div(first, second.detach(), reduction="sum", log_target=True) + F.kl_div(
-        second, first.detach(), reduction="sum", log_target=True
+    teachers = (first, second) if teachers_learn else (first.detach(), second.detach())
+    return F.kl_div(first, teachers[1], reduction="sum", log_target=True) + F.kl_div(
+        second, teachers[0], reduction="sum", log_target=True
     )
 
 

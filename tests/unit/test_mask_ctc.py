@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoder import CROSS
 from torch import Tensor
+from toy_corpus import make_training_data, tiny_config
 
+import speechtx
+from speechtx.bin.main import main
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError
 from speechtx.config.load import parse_config
 from speechtx.config.penalty import AttentionPenaltyConfig, CrossPenaltyConfig, PenaltyConfig
-from speechtx.config.schema import DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig, TrainConfig
+from speechtx.config.schema import (
+    AverageConfig,
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    SubsamplingConfig,
+    TrainConfig,
+)
 from speechtx.model.losses import IGNORE, draw_hidden, every_other, hidden_targets
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.decode import check_method, decode_batch
 from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.mask_ctc import mask_ctc
+from speechtx.training.averaging import average_checkpoints
+from speechtx.training.train import train
 
 VOCAB = 9
 BLANK, END = 0, VOCAB - 1
@@ -360,15 +374,39 @@ def test_what_mask_ctc_cannot_do_is_refused_before_training(text: str, message: 
         parse_config(text, TrainConfig)
 
 
-def test_stage_0_names_the_decoding_file_that_does_not_suit_the_decoder(tmp_path: Path) -> None:
-    from speechtx.bin.check import check_shapes
-    from speechtx.config.schema import FbankConfig
+@pytest.mark.parametrize("recipe", ["mini", "an4"])
+def test_stage_0_accepts_the_recipes_decoding_file_with_one_switch_and_refuses_it_without(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = Path(__file__).parents[2] / "egs" / recipe / "asr1" / "conf"
+    arguments = ["check", "--exp", str(tmp_path / "exp"), "--data", str(tmp_path / "data"), "--config", str(conf / "train.yaml")]
+    arguments += ["--fbank-config", str(conf / "fbank.yaml"), "--decode-config"]
+    switch = ["--set", "model.decoder.type=mask_ctc"]
+    refusal = "method mask_ctc needs a decoder of type mask_ctc"
+    main([*arguments, str(conf / "mask_ctc.yaml"), *switch])
+    assert refusal not in (out := capsys.readouterr().out) and "parameters" in out
+    assert main([*arguments, str(conf / "mask_ctc.yaml")]) == 1
+    assert refusal in capsys.readouterr().out
+    assert main([*arguments, str(conf / "decode.yaml"), *switch]) == 1
+    assert "decode with method mask_ctc" in capsys.readouterr().out
 
-    train = parse_config("model: {decoder: {type: mask_ctc}}", TrainConfig)
-    path = tmp_path / "decode.yaml"
-    (finding,) = check_shapes(train, FbankConfig(), {path: DecodeConfig()})
-    assert str(path) in finding.message and "mask_ctc" in finding.advice
-    assert not list(check_shapes(train, FbankConfig(), {path: DecodeConfig(method="mask_ctc")}))
+
+def test_training_decoding_and_transcribing_work_with_the_one_switch(tmp_path: Path) -> None:
+    data, exp = make_training_data(tmp_path), tmp_path / "exp"
+    train(tiny_config("model.decoder.type=mask_ctc"), data, exp)
+    epochs = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.0 <= epoch[part]["acc"] <= 1.0 for epoch in epochs for part in ("train", "dev"))
+    average_checkpoints(exp, AverageConfig(num=2, by="dev_acc"))
+    (tmp_path / "decode.yaml").write_text("method: mask_ctc\nmask_threshold: 1.0\n")
+    arguments = ["decode", "--exp", str(exp), "--data", str(data.dev), "--config", str(tmp_path / "decode.yaml")]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    nbest = [json.loads(line) for line in (tmp_path / "out/nbest.jsonl").read_text().splitlines()]
+    assert len(nbest) == 6
+    recognizer = speechtx.load_recognizer(exp, device="cpu")
+    assert recognizer.decode.method == "mask_ctc"
+    assert isinstance(recognizer.transcribe((np.random.default_rng(0).uniform(-0.5, 0.5, 16000).astype(np.float32), 16000)), str)
+    with pytest.raises(ConfigError, match="decode with method mask_ctc"):
+        speechtx.load_recognizer(exp, device="cpu", decode=DecodeConfig())
 
 
 def test_cross_attention_penalties_on_every_other_axis_are_accepted() -> None:
