@@ -147,6 +147,7 @@ class DecoderConfig(Section):
     dropout: Probability = 0.1
     positional_dropout: Probability = 0.1
     attention_dropout: Probability = 0.0
+    input_noise: Probability = 0.0  # so many tokens of the true prefix are replaced at random in training; type attention only
     position: Literal["sinusoidal", "sinusoidal_concatenated", "none", "rotary"] = "sinusoidal"
 
 
@@ -200,6 +201,8 @@ class ModelConfig(Section):
     def _check_mask_ctc(self) -> None:
         if self.decoder.type != "mask_ctc":
             return
+        if self.decoder.input_noise:
+            raise ValueError("decoder.type mask_ctc hides tokens already; decoder.input_noise is for type attention")
         if self.decoder.layers == 0:
             raise ValueError("decoder.type mask_ctc needs a decoder, but decoder.layers is 0")
         if self.ctc_weight == 0.0:
@@ -297,6 +300,7 @@ class ConsistencyConfig(Section):
     """
 
     weight: PositiveFloat = 0.2  # of the divergence of the views, beside CTC's 1
+    decoder_weight: NonNegativeFloat = 0.0  # of that of the decoder's outputs, beside its loss's 1 (R-Drop, Liang et al. 2021)
 
 
 class EmaConfig(Section):
@@ -323,6 +327,7 @@ class TrainingConfig(Section):
     max_frames: Positive = 3000
     checkpoint_minutes: PositiveFloat = 5.0  # a resumable checkpoint at least this often, and at every epoch's end
     loader_workers: NonNegative = 1  # processes per rank that read and augment ahead; 0: none
+    gradient_checkpointing: bool = False  # layers are computed again in the backward pass: less memory, about a third more time
     average: AverageConfig = AverageConfig()
 
     @model_validator(mode="after")
@@ -349,4 +354,13 @@ class TrainConfig(Section):
             raise ValueError("without a decoder there is no dev_acc; write training.average.by: dev_loss")
         if self.training.consistency is not None and self.model.ctc_weight == 0.0:
             raise ValueError("training.consistency compares CTC outputs, which model.ctc_weight 0 never trains")
+        decoder = self.model.decoder
+        if (
+            self.training.consistency is not None
+            and self.training.consistency.decoder_weight
+            and (decoder.layers == 0 or decoder.type == "mask_ctc")
+        ):
+            raise ValueError("training.consistency.decoder_weight needs a decoder of type attention")
+        if self.training.gradient_checkpointing and self.model.encoder.norm == "batch":
+            raise ValueError("training.gradient_checkpointing would count each batch twice in the statistics of encoder.norm batch")
         return self

@@ -191,7 +191,7 @@ class Decoder(nn.Module):
 
     def score(self, tokens_in: Tensor, token_lens: Tensor, state: DecoderState) -> Tensor:
         """Logits of all positions, as `forward`, against the encoder's output that `state` of `start` (beam 1) holds."""
-        x = self.position(self.embedding(tokens_in))
+        x = self.position(self.embedding(self._noisy(tokens_in)))
         walk = CrossWalk(self.cross_penalty, tokens_in, state.axis, state.cross_bias)
         own_biases = self.attention_penalty(
             length=x.shape[1],
@@ -206,6 +206,18 @@ class Decoder(nn.Module):
         for index, (layer, own_bias) in enumerate(zip(self.layers, own_biases, strict=True)):
             x = layer(x, state.cross[index], own_bias=own_bias, cross_bias=partial(walk.bias, index))
         return self.output(self.norm(x))
+
+    def _noisy(self, tokens_in: Tensor) -> Tensor:
+        """The prefixes with some tokens replaced by any others, so that a wrong one in search does not lead astray.
+
+        Scheduled sampling (Bengio et al., NeurIPS 2015) feeds the model's own predictions instead, for a second pass. Neither
+        <sos/eos>, which starts every prefix, nor <blank> takes part.
+        """
+        if not self.training or self.config.input_noise == 0.0:
+            return tokens_in
+        sos_eos = self.output.out_features - 1
+        replaced = torch.rand(tokens_in.shape, device=tokens_in.device) < self.config.input_noise
+        return torch.where(replaced & (tokens_in != sos_eos), torch.randint_like(tokens_in, 1, sos_eos), tokens_in)
 
     def start(self, enc_out: Tensor, enc_lens: Tensor, *, beam: int, ctc_log_probs: Tensor | None = None) -> DecoderState:
         """The state before the first token of `beam` hypotheses for each of the B utterances; arguments as in `forward`."""

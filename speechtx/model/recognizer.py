@@ -98,7 +98,7 @@ class Recognizer(nn.Module):
             feat_lens: (B,) int64, frames.
             tokens: (B, U) int64 without start or end of sentence; padding may be any value.
             token_lens: (B,) int64.
-            consistency: the batch is two views of B/2 utterances, rows n and B/2 + n, whose CTC outputs are to agree.
+            consistency: the batch is two views of B/2 utterances, rows n and B/2 + n, whose outputs are to agree.
         """
         below: list[Tensor] | None = [] if self.training else None
         enc_out, enc_lens = self.encoder(feats, feat_lens, predictions=below)
@@ -111,6 +111,7 @@ class Recognizer(nn.Module):
         if consistency is not None:
             regularised = regularised + consistency.weight * consistency_loss(log_probs, enc_lens)
         num_tokens = (token_lens + 1).sum()
+        added: Tensor | float = 0.0  # to the decoder's loss
         if self.decoder is None:
             nothing = torch.zeros_like(ctc)
             return Losses(regularised, ctc.detach(), nothing.detach(), num_tokens, torch.zeros_like(num_tokens))
@@ -118,12 +119,14 @@ class Recognizer(nn.Module):
             tokens_in, targets = decoder_targets(tokens, token_lens, sos_eos_id=self.sos_eos_id)
             logits = self.decoder(tokens_in, token_lens + 1, enc_out, enc_lens, ctc_log_probs=log_probs)
             att, num_correct = attention_loss(logits, targets, label_smoothing=self.config.label_smoothing)
+            if consistency is not None and consistency.decoder_weight:
+                divergence = consistency_loss(logits.float().log_softmax(dim=-1), token_lens + 1, teachers_learn=True)
+                added = consistency.decoder_weight * divergence
         else:
             num_tokens = token_lens.sum()  # no end of sentence is asked for
             att, num_correct = self._fill_in(self.decoder, tokens, token_lens, enc_out, enc_lens, log_probs)
         weight = self.config.ctc_weight
-        return Losses(weight * regularised + (1.0 - weight) * att, ctc.detach(), att.detach(), num_tokens, num_correct)
-
+        return Losses(weight * regularised + (1.0 - weight) * (att + added), ctc.detach(), att.detach(), num_tokens, num_correct)
 
     def _fill_in(
         self, decoder: Decoder, tokens: Tensor, token_lens: Tensor, enc_out: Tensor, enc_lens: Tensor, log_probs: Tensor

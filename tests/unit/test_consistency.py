@@ -112,6 +112,42 @@ def test_the_view_that_teaches_gets_no_gradient() -> None:
     torch.testing.assert_close(ours, plain)
 
 
+def test_views_of_the_decoder_teach_each_other_and_learn_from_it() -> None:
+    """R-Drop has no stop-gradient: its gradient is that of the formula as it is written, and not that of CR-CTC."""
+    logits, lens = random_log_probs(4).requires_grad_(), torch.tensor([6, 3, 6, 3])
+    log_probs = logits.log_softmax(dim=-1)
+    (ours,) = torch.autograd.grad(consistency_loss(log_probs, lens, teachers_learn=True), logits, retain_graph=True)
+    (one_sided,) = torch.autograd.grad(consistency_loss(log_probs, lens), logits, retain_graph=True)
+    a, b = log_probs.chunk(2)
+    mask = (torch.arange(6) < lens[:2].unsqueeze(1)).unsqueeze(-1)
+    (plain,) = torch.autograd.grad((mask * (a.exp() - b.exp()) * (a - b)).sum(), logits)
+    torch.testing.assert_close(ours, plain)
+    assert not torch.allclose(ours, one_sided)
+
+
+def test_the_decoders_weight_multiplies_what_is_added_to_its_loss() -> None:
+    quiet = [f"model.{part}.{kind}=0.0" for part in ("encoder", "decoder") for kind in ("dropout", "positional_dropout")]
+    torch.manual_seed(0)
+    model = Recognizer(config=tiny_config(*quiet).model, num_mel_bins=BINS, vocab_size=7).train()
+    feats, lens = torch.randn(4, 60, BINS), torch.tensor([60, 40, 60, 40])
+    batch = (feats, lens, torch.tensor([[1, 2, 3], [4, 1, 0]] * 2), torch.tensor([3, 2, 3, 2]))
+    logits = []
+    model.decoder.output.register_forward_hook(lambda _module, _inputs, output: logits.append(output))
+    without, both = (
+        model(*batch, consistency=ConsistencyConfig(weight=0.2, decoder_weight=weight)).total.detach() for weight in (0.0, 1e4)
+    )
+    a, b = logits[0].detach().double().log_softmax(dim=-1).chunk(2)
+    mask = (torch.arange(4) < torch.tensor([[4], [3]])).unsqueeze(-1)  # tokens and <eos>
+    divergence = float((mask * (a.exp() - b.exp()) * (a - b)).sum())
+    assert float(both - without) == pytest.approx(0.7 * 1e4 * divergence, rel=1e-3)
+
+
+@pytest.mark.parametrize("without", [("model.decoder.layers=0", "model.ctc_weight=1.0"), ("model.decoder.type=mask_ctc",)])
+def test_consistency_of_a_decoder_that_has_no_next_token_is_refused(without: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="decoder_weight needs a decoder of type attention"):
+        tiny_config("training.consistency.decoder_weight=1.0", "training.average.by=dev_loss", *without)
+
+
 @pytest.mark.parametrize("layers", [1, 0])
 def test_the_weight_multiplies_what_is_added_to_ctc(layers: int) -> None:
     alone = ("model.ctc_weight=1.0", "training.average.by=dev_loss") if layers == 0 else ()

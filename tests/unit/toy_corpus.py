@@ -34,6 +34,8 @@ training:
 # Every option of regularisation that draws random numbers or keeps a state of its own.
 REGULARISERS = [
     "training.consistency.weight=0.2",
+    "training.consistency.decoder_weight=0.5",
+    "model.decoder.input_noise=0.1",
     "model.encoder.layers=3",
     "model.encoder.stochastic_depth=0.5",
     "model.intermediate_ctc.layers=[1]",
