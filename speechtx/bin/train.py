@@ -23,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exp", required=True, type=Path, metavar="DIR", help="experiment directory to make or to continue")
     parser.add_argument("--seed", type=int, help="overrides the YAML's seed")
     parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take N steps only, and write where their time goes to EXP/profile.md; the experiment stands where it stood",
+    )
+    parser.add_argument(
         "--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU; more: start with torchrun (default: 0)"
     )
 
@@ -35,5 +42,11 @@ def run(args: argparse.Namespace) -> int:
 
     overrides = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
     config = load_config(args.config, TrainConfig, overrides)
-    train(config, TrainingData(train=args.train, dev=args.dev, tokenizer=args.tokenizer), args.exp, ngpu=args.ngpu)
+    train(
+        config,
+        TrainingData(train=args.train, dev=args.dev, tokenizer=args.tokenizer),
+        args.exp,
+        ngpu=args.ngpu,
+        profile=args.profile,
+    )
     return 0

@@ -29,6 +29,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def suffix(self) -> str:
+        """What the names of files end with that each process has: nothing for the first."""
+        return "" if self.is_main else f"-{self.rank}"
+
     def sum(self, values: Tensor) -> Tensor:
         """Sums a tensor over all processes, in place."""
         if self.size > 1:

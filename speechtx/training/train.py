@@ -9,12 +9,12 @@ import torch
 
 from speechtx.config.schema import FbankConfig, TrainConfig
 from speechtx.experiment.experiment import Experiment
-from speechtx.training import distributed, prepare
+from speechtx.training import distributed, prepare, profiling
 from speechtx.training.monitor import Monitor
 from speechtx.training.trainer import Trainer
 
 
-def train(config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: int = 0) -> None:
+def train(config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: int = 0, profile: int = 0) -> None:
     """Trains, or continues to train, one experiment.
 
     Args:
@@ -22,6 +22,7 @@ def train(config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: i
         data: data directories and tokenizer.
         exp: the experiment directory, made if it is not there.
         ngpu: 0 for the CPU; started by torchrun, every process calls this function.
+        profile: takes so many steps to see where their time goes, and saves nothing but profile.md and profile.json.
 
     Raises:
         SpeechtxError: see `prepare` and `Trainer.run`.
@@ -30,12 +31,14 @@ def train(config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: i
     try:
         fbank = prepare.check_features_agree(data)
         with prepare.only_one_training(exp) if world.is_main else nullcontext():
-            _train(config, data, exp, fbank, world)
+            _train(config, data, exp, fbank, world, profile)
     finally:
         distributed.stop(world)
 
 
-def _train(config: TrainConfig, data: prepare.TrainingData, exp: Path, fbank: FbankConfig, world: distributed.World) -> None:
+def _train(
+    config: TrainConfig, data: prepare.TrainingData, exp: Path, fbank: FbankConfig, world: distributed.World, profile: int
+) -> None:
     if world.is_main:
         prepare.lay_out_experiment(exp, config, fbank, data)
     world.barrier()
@@ -50,9 +53,12 @@ def _train(config: TrainConfig, data: prepare.TrainingData, exp: Path, fbank: Fb
             monitor.say(note)
         processes = f", {world.size} processes" if world.size > 1 else ""
         monitor.say(f"model: {num_parameters:,} parameters on {device}{processes}")
-        if world.is_main:
+        if world.is_main and not profile:
             prepare.describe_run(exp, device=device, num_parameters=num_parameters, seed=config.seed, processes=world.size)
         trainer = Trainer(config=config, model=model, train=train_corpus, dev=dev_corpus, exp=exp, world=world, monitor=monitor)
+        if profile:
+            monitor.say(f"profile of {profile} steps:\n\n{profiling.profile(trainer, profile).markdown()}")
+            return
         trainer.run()
         if world.is_main:
             prepare.finish_run(exp, trainer.seconds)

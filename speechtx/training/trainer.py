@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from speechtx.data.batching import make_batches
 from speechtx.data.loader import Batch, Corpus
 from speechtx.model.losses import Losses
 from speechtx.model.recognizer import Recognizer
+from speechtx.training import worst_batch
 from speechtx.training.averaging import choose_epochs, epoch_path
 from speechtx.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from speechtx.training.distributed import World
 from speechtx.training.ema import Ema
+from speechtx.training.memory import naming_the_batch, recompute_layers
 from speechtx.training.monitor import Monitor
 from speechtx.training.optim import build_optimizer, learning_rate
 
@@ -61,6 +63,8 @@ class Trainer:
         self.train_corpus = train
         self.dev_corpus = dev
         self.model = model.to(world.device)
+        if config.training.gradient_checkpointing:
+            recompute_layers([*model.encoder.layers, *(model.decoder.layers if model.decoder is not None else ())])
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.training.optimizer, world.device)
         self.ema = Ema(self.model, decay=config.training.ema.decay) if config.training.ema else None
@@ -73,6 +77,7 @@ class Trainer:
         self.seconds = 0.0
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
         self.history: list[dict[str, Any]] = []
+        self.phase: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext  # a profiler puts its clock here
         if world.device.type == "cpu":
             torch.set_flush_denormal(True)  # softmax tails and Adam's moments otherwise run into slow denormal arithmetic
 
@@ -90,6 +95,8 @@ class Trainer:
             for leftover in (self.exp / "checkpoints").glob(".*.tmp"):  # a kill in the middle of a write left it
                 leftover.unlink()
         self.resume()
+        if self.step == 0:
+            worst_batch.scan(self)
         while self.epoch <= self.train_config.epochs:
             self.train_epoch()
             self.finish_epoch(self.evaluate())
@@ -98,9 +105,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """The rest of the current epoch, from `self.index` on."""
         groups = self.groups()
-        mine = [batch for group in groups[self.index :] for batch in self.my_share(group)]
-        workers = self.train_config.loader_workers
-        batches = self.train_corpus.at_epoch(self.epoch).batches(mine, workers=workers, pin=self.world.device.type == "cuda")
+        batches = self.load(groups[self.index :])
         self.model.train()
         self.monitor.start_epoch(self.index)
         started = saved = time.monotonic()
@@ -135,27 +140,28 @@ class Trainer:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
         self.model.at_step(self.step)
         for position in range(self.world.rank, len(group), self.world.size):
-            batch = next(batches).to(self.world.device)
-            seed_step(self.config.seed, self.step, position)
-            losses = self.forward(batch)
-            self.scaler.scale(losses.total / tokens).backward()
-            sums += summed(losses)
-        self.world.sum_gradients(self.parameters)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.train_config.grad_clip)
-        self.world.sum(sums)
-        self.step += 1
-        if bool(torch.isfinite(norm)):
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = lr
-            self.scaler.step(self.optimizer)
-            if self.ema is not None:
-                self.ema.update(self.step)
-            self.sums += sums.cpu()
-        else:
-            self.skip_step(group)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+            with self.phase("data wait"):
+                batch = next(batches).to(self.world.device)
+            with naming_the_batch(batch, save_to=self.exp / f"oom_batch{self.world.suffix}.pt", step=self.step + 1):
+                sums += self.backward(batch, position=position, tokens=tokens)
+        with self.phase("synchronisation"):
+            self.world.sum_gradients(self.parameters)
+            self.world.sum(sums)
+        with self.phase("optimiser"):
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.train_config.grad_clip)
+            self.step += 1
+            if bool(torch.isfinite(norm)):
+                for parameters in self.optimizer.param_groups:
+                    parameters["lr"] = lr
+                self.scaler.step(self.optimizer)
+                if self.ema is not None:
+                    self.ema.update(self.step)
+                self.sums += sums.cpu()
+            else:
+                self.skip_step(group)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def skip_step(self, group: list[list[int]]) -> None:
         """A step whose gradient is NaN or infinite changes nothing; it is counted, named, and fatal past the limit."""
@@ -222,6 +228,27 @@ class Trainer:
                     epoch_path(self.exp, old["epoch"]).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------ parts
+
+    def load(self, groups: list[list[list[int]]]) -> Iterator[Batch]:
+        """This process's batches of the given steps of the epoch, read ahead."""
+        mine = [batch for group in groups for batch in self.my_share(group)]
+        workers = self.train_config.loader_workers
+        return self.train_corpus.at_epoch(self.epoch).batches(mine, workers=workers, pin=self.world.device.type == "cuda")
+
+    def backward(self, batch: Batch, *, position: int, tokens: int) -> Tensor:
+        """Adds one batch's gradients of the loss per token; returns its sums.
+
+        Args:
+            batch: on this process's device.
+            position: in the step, which decides what is drawn.
+            tokens: of the whole step, over all processes.
+        """
+        seed_step(self.config.seed, self.step, position)
+        with self.phase("forward"):
+            losses = self.forward(batch)
+        with self.phase("backward"):
+            self.scaler.scale(losses.total / tokens).backward()
+        return summed(losses)
 
     def forward(self, batch: Batch) -> Losses:
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()

@@ -1,0 +1,100 @@
+"""Before the first step: does the batch that needs most memory fit?
+
+The batches that could be it take one forward and backward pass each, and leave no trace: random draws are seeded anew at every
+batch, gradients are dropped, and running statistics put back. Batches are never made smaller silently, since that is another
+training: what does not fit is refused, with the size that would.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import torch
+
+from speechtx.config.errors import TrainingError
+from speechtx.data.loader import Batch
+from speechtx.training.memory import ADVICE, is_out_of_memory, peak_memory, reset_peak, shape_of, total_memory
+
+if TYPE_CHECKING:
+    from speechtx.training.trainer import Trainer
+
+
+def worst_batches(trainer: Trainer) -> list[list[int]]:
+    """The batches with the most padded frames, the most padded tokens and the longest utterance, without duplicates."""
+    batches = [batch for group in trainer.groups() for batch in trainer.my_share(group)]
+    frames = [utterance.num_frames for utterance in trainer.train_corpus.utterances]
+    tokens = [len(ids) for ids in trainer.train_corpus.tokens]
+    worst = (
+        max(batches, key=lambda batch: (len(batch) * max(frames[i] for i in batch), max(frames[i] for i in batch))),
+        max(batches, key=lambda batch: len(batch) * max(tokens[i] for i in batch)),
+        max(batches, key=lambda batch: max(frames[i] for i in batch)),
+    )
+    return [batch for number, batch in enumerate(worst) if batch not in worst[:number]]
+
+
+def scan(trainer: Trainer) -> None:
+    """Reports the peak memory of the worst batches of the coming epoch.
+
+    Raises:
+        TrainingError: one does not fit; the message names how many of its utterances would.
+    """
+    device = trainer.world.device
+    buffers = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    # Adam keeps two numbers for each parameter from the first step on.
+    ballast = [torch.ones_like(parameter) for parameter in trainer.parameters for _ in range(2)]
+    trainer.model.train()
+    trainer.model.at_step(trainer.step)
+    try:
+        for indices in worst_batches(trainer):
+            batch = trainer.train_corpus.at_epoch(trainer.epoch).batch(indices)
+            reset_peak(device)
+            if not fits(trainer, batch):
+                raise _too_large(trainer, indices, batch)
+            trainer.monitor.say(
+                f"memory: {shape_of(batch)} need {peak_memory(device):.2f} of {total_memory(device):.1f} GiB at their peak"
+            )
+    finally:
+        del ballast
+        with torch.no_grad():
+            for name, buffer in trainer.model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def fits(trainer: Trainer, batch: Batch) -> bool:
+    """Whether a forward and a backward pass of the batch find enough memory; gradients are dropped."""
+    try:
+        trainer.backward(batch.to(trainer.world.device), position=0, tokens=1)
+        enough = True
+    except (RuntimeError, MemoryError) as err:
+        if not is_out_of_memory(err):
+            raise
+        enough = False
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if not enough:
+        gc.collect()
+        if trainer.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return enough
+
+
+def _too_large(trainer: Trainer, indices: list[int], batch: Batch) -> TrainingError:
+    """Finds by bisection how many utterances of a batch fit."""
+    most, too_many = 0, len(indices)
+    while too_many - most > 1:
+        middle = (most + too_many) // 2
+        if fits(trainer, trainer.train_corpus.batch(indices[:middle])):
+            most = middle
+        else:
+            too_many = middle
+    device, frames = trainer.world.device, batch.feats.shape[1]
+    begin = f"not enough memory on {device} ({total_memory(device):.1f} GiB): a batch of {shape_of(batch)} does not fit"
+    if most == 0:
+        return TrainingError(
+            f"{begin}, nor does its first utterance alone ({batch.ids[0]}, {int(batch.feat_lens[0])} frames): lower "
+            "training.max_frames, set training.gradient_checkpointing: true, or look at what else uses the memory"
+        )
+    return TrainingError(
+        f"{begin}, but {most} of them do: set training.frames_per_batch to {most * frames} or less, now "
+        f"{trainer.train_config.frames_per_batch}. Otherwise {ADVICE}"
+    )

@@ -1,0 +1,137 @@
+"""Memory: the worst batch is tried first and leaves no trace; running out names the batch and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from toy_corpus import make_training_data, tiny_config
+
+from speechtx.config.errors import ConfigError, TrainingError
+from speechtx.training import memory, worst_batch
+from speechtx.training.checkpoint import load_checkpoint
+from speechtx.training.prepare import TrainingData
+from speechtx.training.train import train
+from speechtx.training.trainer import Trainer
+
+CPU_MESSAGE = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return make_training_data(tmp_path_factory.mktemp("toy"))
+
+
+def limit_memory(
+    monkeypatch: pytest.MonkeyPatch, *, padded_frames: int, error: BaseException | None = None, from_step: int = 0
+) -> list[int]:
+    """Lets every batch of more padded frames fail to be allocated; returns the sizes that were tried."""
+    original, tried = Trainer.forward, []
+
+    def forward(self, batch):
+        if self.model.training and self.step >= from_step:
+            tried.append(batch.feats.shape[0] * batch.feats.shape[1])
+            if tried[-1] > padded_frames:
+                raise error or RuntimeError(CPU_MESSAGE)
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "forward", forward)
+    return tried
+
+
+def test_the_scan_reports_a_peak_and_leaves_no_trace(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("training.epochs=1", "model.encoder.norm=batch")
+    train(config, data, tmp_path / "scanned")
+    log = (tmp_path / "scanned" / "train.log").read_text()
+    assert "memory: " in log and "utterances padded to " in log and " GiB at their peak" in log
+    monkeypatch.setattr(worst_batch, "scan", lambda trainer: None)
+    train(config, data, tmp_path / "plain")
+    scanned, plain = (load_checkpoint(tmp_path / name / "checkpoints")["model"] for name in ("scanned", "plain"))
+    assert all(torch.equal(scanned[name], plain[name]) for name in plain)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_number_that_does(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_memory(monkeypatch, padded_frames=300)
+    with pytest.raises(TrainingError, match=r"does not fit, but \d+ of them do: set training\.frames_per_batch to") as failed:
+        train(tiny_config("training.max_frames=150"), data, tmp_path / "exp")
+    fitting = int(str(failed.value).split("frames_per_batch to ")[1].split()[0])
+    assert 150 <= fitting <= 300
+    train(
+        tiny_config("training.epochs=1", "training.max_frames=150", f"training.frames_per_batch={fitting}"), data, tmp_path / "e2"
+    )
+
+
+def test_one_utterance_that_does_not_fit_is_named(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_memory(monkeypatch, padded_frames=10)
+    with pytest.raises(TrainingError, match=r"nor does its first utterance alone \(s\d-\d+, \d+ frames\).*training\.max_frames"):
+        train(tiny_config(), data, tmp_path / "exp")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError(CPU_MESSAGE), MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")],
+    ids=["cpu", "python", "cuda"],
+)
+def test_running_out_of_memory_names_and_saves_the_batch(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    limit_memory(monkeypatch, padded_frames=0, error=error, from_step=2)
+    exp = tmp_path / "exp"
+    with pytest.raises(
+        TrainingError, match=r"step 3: out of memory on cpu .*What to do: lower training\.frames_per_batch"
+    ) as failed:
+        train(tiny_config(), data, exp)
+    saved = torch.load(exp / "oom_batch.pt", weights_only=True)
+    assert saved["ids"][0] in str(failed.value)
+    assert f"{len(saved['ids'])} utterances padded to {saved['feats'].shape[1]} frames" in str(failed.value)
+    assert saved["feats"].shape[0] == len(saved["ids"]) == len(saved["token_lens"])
+
+
+def test_other_errors_of_a_step_stay_what_they_are(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_memory(monkeypatch, padded_frames=0, error=RuntimeError("a bug"), from_step=1)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        train(tiny_config(), data, tmp_path / "exp")
+    assert not (tmp_path / "exp" / "oom_batch.pt").exists()
+
+
+def test_layers_that_are_computed_again_give_the_same_gradients_to_the_bit(data: TrainingData, tmp_path: Path) -> None:
+    states = []
+    for again in ("false", "true"):
+        exp = tmp_path / again
+        train(tiny_config("training.epochs=1", f"training.gradient_checkpointing={again}"), data, exp)
+        states.append(load_checkpoint(exp / "checkpoints")["model"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_layers_keep_only_their_inputs_when_they_are_computed_again() -> None:
+    def kept_bytes(again: bool) -> int:
+        torch.manual_seed(0)
+        layer = torch.nn.Sequential(torch.nn.Linear(8, 800), torch.nn.ReLU(), torch.nn.Linear(800, 8))
+        if again:
+            memory.recompute_layers([layer])
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.nbytes), x)[1], lambda x: x):
+            layer(torch.randn(100, 8, requires_grad=True))
+        return sum(sizes)
+
+    assert kept_bytes(again=True) < kept_bytes(again=False) / 10
+
+
+def test_statistics_over_the_batch_would_count_it_twice() -> None:
+    with pytest.raises(ConfigError, match="count each batch twice"):
+        tiny_config("model.encoder.norm=batch", "training.gradient_checkpointing=true")
+
+
+def test_the_peak_of_memory_sees_an_allocation_and_forgets_it_when_reset() -> None:
+    device = torch.device("cpu")
+    memory.reset_peak(device)
+    before = memory.peak_memory(device)
+    block = torch.ones(30, 2**20)  # 120 MiB
+    assert memory.peak_memory(device) > before + 0.1
+    assert memory.peak_memory(device) < memory.total_memory(device)
+    del block
