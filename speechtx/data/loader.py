@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from speechtx.data.ark import read_matrix, read_scp
 from speechtx.data.manifest import Utterance
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
 from speechtx.frontend.perturb_features import FeaturePerturbation
-from speechtx.frontend.specaugment import spec_augment, spec_augment_views
+from speechtx.frontend.specaugment import spec_augment
 
-PERTURBATION = 3  # number of its random stream; 1 and 2 are those of the views
+# Numbers of random streams of an utterance, each for the first view; 0 would be the stream without a number.
+MASKS, PERTURBATION = 1, 3
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ class Corpus(Dataset[Batch | DataError]):
         specaugment: masks to draw, None for none.
         perturb: changes the features before they are normalised, None for none.
         seed: of the masks and changes.
-        views: how many times each utterance is in a batch, masked anew each time but with the same time warp. A batch of N
-            utterances has views * N rows: all utterances in their first view, then all in their second.
+        views: how many times each utterance is in a batch, perturbed and masked anew each time, but with the same time warp, so
+            that frames correspond. A batch of N utterances has views * N rows: all in their first view, then all in their second.
     """
 
     def __init__(
@@ -170,22 +172,27 @@ class Corpus(Dataset[Batch | DataError]):
 
     def _features(self, index: int) -> list[np.ndarray]:
         """The views of one utterance."""
-        feats = self._normalised(index)
+        views = self._normalised(index)
         if self.specaugment is None:
-            return [feats] * self.views
-        rng = self._generator(index)
+            return views
         if self.views == 1:
-            return [spec_augment(feats, self.specaugment, rng)]
-        return spec_augment_views(feats, self.specaugment, rng, [self._generator(index, 1 + v) for v in range(self.views)])
+            return [spec_augment(views[0], self.specaugment, self._generator(index))]
+        return [
+            spec_augment(view, self.specaugment, self._generator(index), self._generator(index, number))
+            for number, view in enumerate(views, start=MASKS)
+        ]
 
-    def _normalised(self, index: int) -> np.ndarray:
+    def _normalised(self, index: int) -> list[np.ndarray]:
         utterance = self.utterances[index]
+        feats = self.reader.read(utterance)
         if self.perturb is None:
-            return self.reader(utterance)
-        rng = self._generator(index, PERTURBATION)
-        other = int(rng.integers(len(self.utterances)))
-        feats = self.perturb(self.reader.read(utterance), rng, lambda: self.reader.read(self.utterances[other]))
-        return self.reader.normalise(utterance, feats)
+            return [self.reader.normalise(utterance, feats)] * self.views
+        views = []
+        for number in range(self.views):
+            rng = self._generator(index, PERTURBATION + number)
+            other = self.utterances[int(rng.integers(len(self.utterances)))]
+            views.append(self.reader.normalise(utterance, self.perturb(feats, rng, partial(self.reader.read, other))))
+        return views
 
     def _generator(self, *where: int) -> np.random.Generator:
         """Of the utterance `where[0]` in this epoch; a further number above 0 gives another stream (0 would give the same)."""

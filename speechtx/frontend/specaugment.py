@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from speechtx.config.schema import SpecAugmentConfig
 
 
-def spec_augment(feats: np.ndarray, config: SpecAugmentConfig, rng: np.random.Generator) -> np.ndarray:
+def spec_augment(
+    feats: np.ndarray, config: SpecAugmentConfig, rng: np.random.Generator, mask_rng: np.random.Generator | None = None
+) -> np.ndarray:
     """Augments one utterance; the same generator state gives the same result.
 
     Args:
         feats: (T, F) float32, normalised, so that 0 is the mean.
         config: widths and numbers of masks; zeros switch a part off.
         rng: where randomness comes from.
+        mask_rng: where that of the masks comes from, if not from `rng`: views of an utterance share their time warp.
 
     Returns:
         (T, F), a new array; masked cells are 0.
     """
-    return mask_bands(warp_time(feats, config.time_warp, rng), config, rng)
-
-
-def spec_augment_views(
-    feats: np.ndarray, config: SpecAugmentConfig, rng: np.random.Generator, view_rngs: Sequence[np.random.Generator]
-) -> list[np.ndarray]:
-    """Augments one utterance once for each of `view_rngs`: one time warp of `rng` for all, so that frames correspond, and masks
-    of their own (Yao et al. 2025, section 3.2). Arguments and results as of `spec_augment`.
-    """
-    warped = warp_time(feats, config.time_warp, rng)
-    return [mask_bands(warped.copy(), config, view_rng) for view_rng in view_rngs]
-
-
-def mask_bands(augmented: np.ndarray, config: SpecAugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """Sets the bands of frequency and of time to 0, in place."""
-    num_frames, num_bins = augmented.shape
+    augmented = _time_warp(feats, config.time_warp, rng)
+    rng = mask_rng or rng
+    num_frames, num_bins = feats.shape
     for start, stop in _bands(num_bins, config.num_freq_masks, config.freq_mask_width, rng):
         augmented[:, start:stop] = 0.0
     widest = min(config.time_mask_width, int(config.time_mask_max_ratio * num_frames))
@@ -57,7 +45,7 @@ def _bands(size: int, number: int, widest: int, rng: np.random.Generator) -> lis
     return bands
 
 
-def warp_time(feats: np.ndarray, window: int, rng: np.random.Generator) -> np.ndarray:
+def _time_warp(feats: np.ndarray, window: int, rng: np.random.Generator) -> np.ndarray:
     """A copy with one frame moved by up to `window` frames, and both sides stretched linearly; the ends and the length stay.
 
     The paper's warp of one point along the time axis, by linear interpolation between frames.

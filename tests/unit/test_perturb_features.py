@@ -159,6 +159,14 @@ def test_draws_belong_to_the_utterance_and_the_epoch_not_to_the_batch(data: Trai
     assert not torch.equal(alone, make_corpus(data, None).batch([3]).feats[0])
 
 
+def test_views_of_an_utterance_get_perturbations_of_their_own_the_first_view_that_of_a_single_one(data: TrainingData) -> None:
+    single, double = make_corpus(data, EVERYTHING), make_corpus(data, EVERYTHING)
+    double.views = 2
+    first, second = double.batch([3, 5]).feats.chunk(2)
+    assert torch.equal(first, single.batch([3, 5]).feats)
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize(("cmvn", "cancels"), [("utterance", True), ("speaker", False)])
 def test_volume_cancels_where_each_utterance_is_normalised_by_itself_and_nowhere_else(
     data: TrainingData, cmvn: str, cancels: bool
