@@ -10,10 +10,13 @@
 #   end_recipe                            # shows the scores and where they lie
 #
 # `begin_stage 3:ngram` is a step of stage 3 with a stamp of its own: it makes the language model that the section `ngram` of
-# $lm_config describes, and is not there without it. The other is `4:transformer`.
+# $lm_config describes, and is not there without it. Another is `4:transformer`. `6:tune` chooses decoding weights on the
+# development set: conf/decode_NAME.yaml is tuned on the grid conf/tune_NAME.yaml, if there is one (conf/decode.yaml on conf/tune.yaml).
+#
+# Stages 6 and 7 run once for each decoding configuration: run.sh loops over $decodings, and $decoding is the one at hand.
 #
 # start_recipe sets: exp, lm (where language models are made), tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
-# arguments), check_options, decode_nj. Further arguments of begin_stage go to `speechtx stamp begin` (more inputs: --in FILE,
+# arguments), check_options, decodings, decode_nj, lm_options (of steps/decode.sh and tune.sh). Further arguments of begin_stage go to `speechtx stamp begin` (more inputs: --in FILE,
 # --value NAME=VALUE). It sets stage_state to first, changed, extended, interrupted or missing, and
 # stage_changed to whether it is `changed`: what an earlier run made is then of no use.
 # shellcheck disable=SC2154,SC2034  # variables of run.sh, read here, and ours, read there
@@ -71,11 +74,21 @@ start_recipe() {
   [[ -z $speeds ]] || train_set+=_sp
   all_sets=("$train_set" "$dev_set" "${test_sets[@]}")
   decode_nj=$((ngpu > 0 ? 1 : nj))
+  decodings=("${decode_config[@]}")
+  ((${#decodings[@]})) || decodings=(conf/decode*.yaml)
+  lm_options=()
+  ! grep -qs '^transformer:' "$lm_config" || lm_options+=(--lm "$lm/transformer")
+  ! grep -qs '^ngram:' "$lm_config" || lm_options+=(--ngram "$lm/ngram")
   overrides=()
   for override in "${set[@]}"; do overrides+=(--set "$override"); done
-  check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --decode-config "$decode_config"
-    --exp "$exp" --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu")
+  check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --exp "$exp"
+    --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu")
   [[ ! -f $lm_config ]] || check_options+=(--lm-config "$lm_config")
+  for decoding in "${decodings[@]}"; do
+    [[ -f $decoding ]] || recipe_error "$decoding: no such decoding configuration"
+    check_options+=(--decode-config "$decoding")
+    [[ ! -f $(tune_grid) ]] || check_options+=(--tune "$decoding" "$(tune_grid)")
+  done
   # What RESULTS.md shows as the command that reproduces it.
   SPEECHTX_RECIPE_COMMAND="cd ${PWD#"$SPEECHTX_ROOT"/} && ./run.sh"
   ((${#_po_arguments[@]} == 0)) || SPEECHTX_RECIPE_COMMAND+=$(printf ' %q' "${_po_arguments[@]}")
@@ -83,8 +96,32 @@ start_recipe() {
   trap 'stage_failed $?' EXIT
 }
 
-# Prints the directory of one set's hypotheses.
-decode_dir() { echo "$exp/decode_$1_$(basename "$decode_config" .yaml)"; }
+# Prints the directory of one set's hypotheses with the decoding configuration at hand.
+decode_dir() { echo "$exp/decode_$1_$(basename "$decoding" .yaml)"; }
+
+# Prints the file with the grid on which the decoding configuration at hand is tuned, if there is such a file.
+tune_grid() {
+  local name
+  name=$(basename "$decoding")
+  echo "$(dirname "$decoding")/tune${name#decode}"
+}
+
+# Prints where that is done.
+tune_dir() { echo "$exp/tune_${dev_set}_$(basename "$decoding" .yaml)"; }
+
+# Prints the configuration to decode with: the tuned one, or the one at hand where there is nothing to tune.
+tuned_config() {
+  if [[ -f $(tune_grid) ]]; then echo "$(tune_dir)/tuned.yaml"; else echo "$decoding"; fi
+}
+
+# Adds what a search reads to stage_inputs: model, configurations $@, and the language models that those give a weight.
+list_search_inputs() {
+  local file
+  stage_inputs+=(--after "$exp/.stamps/average.json" --in "$exp/model.pt")
+  for file; do stage_inputs+=(--config "$file"); done
+  ! grep -qs '^lm_weight:.*[1-9]' "$@" || stage_inputs+=(--after "$lm/.stamps/transformer.json")
+  ! grep -qs '^ngram_weight:.*[1-9]' "$@" || stage_inputs+=(--after "$lm/.stamps/ngram.json")
+}
 
 # Fills stage_inputs with what the stage or step $1 depends on, in the words of `speechtx stamp`.
 list_inputs() {
@@ -127,8 +164,13 @@ list_inputs() {
     average)
       stage_inputs+=(--after "$exp/.stamps/train.json" --out "$exp/model.pt")
       ;;
+    tune)
+      list_search_inputs "$decoding" "$(tune_grid)"
+      for file in text feats.scp global_cmvn.ark; do stage_inputs+=(--in "data/$dev_set/$file"); done
+      stage_inputs+=(--out "$(tuned_config)")
+      ;;
     decode)
-      stage_inputs+=(--after "$exp/.stamps/average.json" --in "$exp/model.pt" --config "$decode_config")
+      list_search_inputs "$(tuned_config)"
       for name in "$dev_set" "${test_sets[@]}"; do
         for file in feats.scp global_cmvn.ark; do stage_inputs+=(--in "data/$name/$file"); done
         stage_inputs+=(--out "$(decode_dir "$name")/text")
@@ -147,7 +189,7 @@ begin_stage() {
   name=${stage_names[number]}
   if [[ $1 == *:* ]]; then
     name=${1#*:}
-    grep -qs "^$name:" "$lm_config" || return 1
+    if [[ $name == tune ]]; then [[ -f $(tune_grid) ]]; else grep -qs "^$name:" "$lm_config"; fi || return 1
   fi
   shift 2
   ((first_stage <= number && number <= last_stage)) || return 1
@@ -160,7 +202,7 @@ begin_stage() {
     data) stage_stamp=data/.stamps/data.json ;;
     ngram | transformer) stage_stamp=$lm/.stamps/$name.json ;;
     fbank) stage_stamp=data/.stamps/fbank${speeds:+_$speeds}.json ;;
-    *) stage_stamp=$exp/.stamps/${name}$([[ $name =~ decode|score ]] && echo "_$(basename "$decode_config" .yaml)").json ;;
+    *) stage_stamp=$exp/.stamps/${name}$([[ $name =~ tune|decode|score ]] && echo "_$(basename "$decoding" .yaml)").json ;;
   esac
   list_inputs "$name"
   if $force || [[ $name == train && $restart == true ]]; then stage_inputs+=(--force); fi

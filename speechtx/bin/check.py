@@ -53,7 +53,7 @@ class Configs:
 
     train: TrainConfig | None
     fbank: FbankConfig | None
-    decode: dict[Path, DecodeConfig]
+    searches: dict[Path, list[DecodeConfig]]  # by the file to correct: one of a decode.yaml, many of a tune.yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fbank-config", type=Path, required=True, metavar="FILE")
     parser.add_argument("--decode-config", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument(
+        "--tune",
+        type=Path,
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FILE", "GRID"),
+        help="conf/decode.yaml and the conf/tune.yaml on whose grid it will be tuned",
+    )
     parser.add_argument("--lm-config", type=Path, metavar="FILE", help="conf/lm.yaml")
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where data directories are made (default: data)"
@@ -86,12 +95,14 @@ def run(args: argparse.Namespace) -> int:
     if configs.train and configs.fbank:
         parameters, found = check_model(configs.train, configs.fbank)
         findings += found
-        findings += list(check_shapes(configs.train, configs.fbank, configs.decode))
+        findings += list(check_shapes(configs.train, configs.fbank))
+        findings += list(check_searches(configs.train, configs.searches))
         findings += list(check_units(configs.train, configs.fbank, args.config, args.overrides))
         if args.train_text and args.train_text.is_file():
             findings.append(check_tokenizer(configs.train, args.train_text))
     if args.lm_config:
         findings += list(check_language_models(args.lm_config, args.data, configs.train))
+    findings += list(check_weights(configs.searches, args.lm_config))
     findings.append(check_sclite())
     findings += list(check_paths(args.data, args.exp, args.archive))
     epochs_kept = configs.train.training.average.num if configs.train else 10
@@ -105,10 +116,11 @@ def load_all(args: argparse.Namespace) -> tuple[Configs, list[Finding]]:
     from speechtx.config.decode import DecodeConfig
     from speechtx.config.load import load_config
     from speechtx.config.schema import FbankConfig, TrainConfig
+    from speechtx.config.tune import load_grid
 
     findings: list[Finding] = []
     train = fbank = None
-    decode: dict[Path, DecodeConfig] = {}
+    searches: dict[Path, list[DecodeConfig]] = {}
 
     def note(path: Path, error: SpeechtxError | None) -> None:
         findings.append(Finding("config", str(error), f"correct {path}, or the --set") if error else Finding("config", str(path)))
@@ -125,11 +137,18 @@ def load_all(args: argparse.Namespace) -> tuple[Configs, list[Finding]]:
         note(args.fbank_config, err)
     for path in args.decode_config:
         try:
-            decode[path] = load_config(path, DecodeConfig)
+            searches[path] = [load_config(path, DecodeConfig)]
             note(path, None)
         except SpeechtxError as err:
             note(path, err)
-    return Configs(train, fbank, decode), findings
+    for path, grid in args.tune:
+        if path in searches:  # else that one is to be corrected first
+            try:
+                searches[grid] = [point.config for point in load_grid(grid, searches[path][0])]
+                note(grid, None)
+            except SpeechtxError as err:
+                note(grid, err)
+    return Configs(train, fbank, searches), findings
 
 
 def check_packages() -> Iterator[Finding]:
@@ -168,10 +187,9 @@ def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Findi
     return number, [Finding("model", f"{shape}: {number:,} parameters")]
 
 
-def check_shapes(train: TrainConfig, fbank: FbankConfig, decode: dict[Path, DecodeConfig]) -> Iterator[Finding]:
-    """Limits that would leave the model without a frame, a bin or a decoder."""
+def check_shapes(train: TrainConfig, fbank: FbankConfig) -> Iterator[Finding]:
+    """Limits that would leave the model without a frame or a bin."""
     from speechtx.model.subsampling import min_frames
-    from speechtx.search.decode import method_problem
 
     front_end = train.model.encoder.subsampling
     shortest = min_frames(front_end.factor)
@@ -183,15 +201,43 @@ def check_shapes(train: TrainConfig, fbank: FbankConfig, decode: dict[Path, Deco
         )
     if front_end.type != "conv1d" and fbank.num_mel_bins < shortest:
         yield Finding("features", f"num_mel_bins {fbank.num_mel_bins} vanish in subsampling", f"use {shortest} bins or more")
-    for path, config in decode.items():
-        if train.model.decoder.layers == 0 and config.method == "beam" and config.ctc_weight != 1.0:
-            yield Finding(
-                "decoding",
-                f"{path}: ctc_weight {config.ctc_weight} needs a decoder, but model.decoder.layers is 0",
-                "set ctc_weight: 1.0 or method: ctc_greedy there",
-            )
-        if problem := method_problem(config.method, train.model.decoder.type if train.model.decoder.layers else "none"):
-            yield Finding("decoding", f"{path}: {problem[0]}", problem[1])
+
+
+def check_searches(train: TrainConfig, searches: dict[Path, list[DecodeConfig]]) -> Iterator[Finding]:
+    """Searches that need a decoder which the model will not have; one finding a file."""
+    from speechtx.search.decode import method_problem
+
+    decoder = train.model.decoder.type if train.model.decoder.layers else "none"
+    for path, configs in searches.items():
+        for config in configs:
+            if problem := method_problem(config.method, decoder):
+                yield Finding("decoding", f"{path}: {problem[0]}", problem[1])
+                break
+            if decoder == "none" and config.method == "beam" and config.ctc_weight != 1.0:
+                yield Finding(
+                    "decoding",
+                    f"{path}: ctc_weight {config.ctc_weight} needs a decoder, but model.decoder.layers is 0",
+                    "set ctc_weight: 1.0 or method: ctc_greedy there",
+                )
+                break
+
+
+def check_weights(searches: dict[Path, list[DecodeConfig]], lm_config: Path | None) -> Iterator[Finding]:
+    """Weights of language models that the recipe does not make."""
+    from speechtx.config.lm import LmConfig
+    from speechtx.config.load import load_config, locate
+
+    try:
+        made = load_config(lm_config, LmConfig) if lm_config else LmConfig()
+    except SpeechtxError:
+        return  # `check_language_models` tells
+    for path, configs in searches.items():
+        for key, section in (("lm_weight", "transformer"), ("ngram_weight", "ngram")):
+            weight = max(getattr(config, key) for config in configs)
+            if weight and getattr(made, section) is None:
+                where = f"{lm_config} has no section {section}" if lm_config else "there is no conf/lm.yaml"
+                advice = f"add a section {section} to conf/lm.yaml, or set {key} to 0 in {path}"
+                yield Finding("decoding", f"{locate(path, key)}: {key} {weight} needs a language model, but {where}", advice)
 
 
 def check_units(train: TrainConfig, fbank: FbankConfig, path: Path, overrides: Sequence[str]) -> Iterator[Finding]:

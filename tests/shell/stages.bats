@@ -57,7 +57,8 @@ make_recipe() {
     mkdir -p "${!#}"
     : >"${!#}/perplexity.json"'
   program "$T/utils/steps/average.sh" 'echo average >>"$T/calls"; date +%s%N >"$1/model.pt"'
-  program "$T/utils/steps/decode.sh" 'echo "decode ${!#}" >>"$T/calls"; mkdir -p "${!#}"; date +%s%N >"${!#}/text"'
+  program "$T/utils/steps/tune.sh" 'echo "tune $*" >>"$T/calls"; mkdir -p "${!#}"; cat conf/tune*.yaml >"${!#}/tuned.yaml"'
+  program "$T/utils/steps/decode.sh" 'echo "$*" >>"$T/decode_arguments"; echo "decode ${!#}" >>"$T/calls"; mkdir -p "${!#}"; date +%s%N >"${!#}/text"'
   program "$T/utils/steps/score.sh" 'echo score >>"$T/calls"; echo "| test | 1.2 |" >"$3/RESULTS.md"'
 }
 
@@ -267,4 +268,81 @@ calls() {
   [ "$status" -eq 2 ]
   [[ $output == *'--lm-config conf/none.yaml: no such file'* ]]
   [ ! -e "$T/calls" ]
+}
+
+@test "weights are tuned on the development set where there is a grid, before it and the test set are decoded with them" {
+  finished
+  echo 'ctc_weight: [0.3, 0.5]' >conf/tune.yaml
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  grep -q '^tune .*--config conf/decode.yaml --grid conf/tune.yaml exp/train data/dev exp/train/tune_dev_decode$' "$T/calls"
+  [ "$(calls)" = "tune decode score " ]
+  [[ $output == *"stage 6 tune: weights of conf/decode.yaml, chosen on dev"* ]]
+  [ "$(tail -2 "$T/decode_arguments" | grep -c -- '--config exp/train/tune_dev_decode/tuned.yaml exp/train data/')" -eq 2 ]
+  run ./run.sh
+  [ "$(calls)" = "" ]
+  echo 'ctc_weight: [0.3, 0.5, 0.7]' >conf/tune.yaml
+  run ./run.sh
+  [ "$(calls)" = "tune decode score " ]
+  [[ $output == *"stage 6 tune: "*"changed: ctc_weight in conf/tune.yaml"* ]]
+  rm conf/tune.yaml
+  run ./run.sh
+  [ "$(calls)" = "decode score " ]
+  tail -1 "$T/decode_arguments" | grep -q -- '--config conf/decode.yaml '
+}
+
+@test "a grid that leads to the same choice decodes nothing again" {
+  finished
+  program "$T/utils/steps/tune.sh" 'echo "tune $*" >>"$T/calls"; mkdir -p "${!#}"; echo "ctc_weight: 0.3" >"${!#}/tuned.yaml"'
+  echo 'ctc_weight: [0.3, 0.5]' >conf/tune.yaml
+  ./run.sh >/dev/null
+  rm "$T/calls"
+  echo 'ctc_weight: [0.3, 0.5, 0.7]' >conf/tune.yaml
+  run ./run.sh
+  [ "$(calls)" = "tune " ]
+}
+
+@test "every decoding configuration in conf is used, and each has its own grid, directories and stamps" {
+  finished
+  echo 'method: ctc_greedy' >conf/decode_ctc.yaml
+  echo 'beam: 2' >conf/decode_lm.yaml
+  echo 'beam: [1, 2]' >conf/tune_lm.yaml
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [ "$(cut -d' ' -f1,2 "$T/calls" | grep -c '^decode exp/train/decode_test_decode_')" -eq 2 ]
+  [ "$(grep -c '^tune .*tune_dev_decode_lm$' "$T/calls")" -eq 1 ]
+  [ "$(calls)" = "decode tune decode score " ]
+  [ -d exp/train/decode_dev_decode_ctc ] && [ -d exp/train/decode_test_decode_lm ]
+  echo 'beam: 3' >conf/decode_lm.yaml
+  run ./run.sh
+  [ "$(calls)" = "tune " ]
+  run ./run.sh --decode-config conf/decode_ctc.yaml --force --stage decode
+  [ "$(grep -c '^decode .*_decode_ctc$' "$T/calls")" -eq 2 ]
+  [ "$(grep -c '^decode' "$T/calls")" -eq 2 ]
+  run ./run.sh --decode-config conf/none.yaml
+  [ "$status" -eq 2 ]
+  [[ $output == *"conf/none.yaml: no such decoding configuration"* ]]
+}
+
+@test "language models that conf/lm.yaml makes are given to the search, and only those with a weight make it run again" {
+  finished
+  printf 'ngram:\n  order: 3\n' >conf/lm.yaml
+  echo 'ngram_weight: 0.2' >conf/decode_lm.yaml
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [ "$(calls)" = "lm decode score " ]
+  tail -1 "$T/decode_arguments" | grep -q -- '--ngram exp/lm/train/ngram --config conf/decode_lm.yaml'
+  ! grep -q -- '--lm ' "$T/decode_arguments"
+  sed -i 's/3/4/' conf/lm.yaml
+  run ./run.sh
+  [ "$(grep -c '^decode .*decode_lm$' "$T/calls")" -eq 2 ]
+  [ "$(grep -c '^decode .*decode$' "$T/calls")" -eq 0 ]
+}
+
+@test "stage 0 is told every decoding configuration and its grid" {
+  finished
+  echo 'beam: [1, 2]' >conf/tune.yaml
+  echo 'beam: 2' >conf/decode_x.yaml
+  run ./run.sh --stop-stage check
+  [ "$(grep -c -- '--decode-config conf/decode.yaml --tune conf/decode.yaml conf/tune.yaml --decode-config conf/decode_x.yaml' "$T/calls")" -eq 1 ]
 }

@@ -88,11 +88,9 @@ def test_limits_that_leave_no_frame_no_bin_or_no_decoder(folder: Path) -> None:
     def problems(train: str = "{}", fbank: str = "{}", decode: str = "{}") -> list[str]:
         from speechtx.config.load import parse_config
 
-        found = check.check_shapes(
-            parse_config(train, TrainConfig),
-            parse_config(fbank, FbankConfig),
-            {Path("d.yaml"): parse_config(decode, DecodeConfig)},
-        )
+        model = parse_config(train, TrainConfig)
+        found = list(check.check_shapes(model, parse_config(fbank, FbankConfig)))
+        found += check.check_searches(model, {Path("d.yaml"): [parse_config(decode, DecodeConfig)]})
         return [finding.subject for finding in found]
 
     assert problems() == []
@@ -173,12 +171,16 @@ def test_the_recipes_configurations_pass(repo: Path) -> None:
             overrides=[],
             fbank_config=recipe / "conf/fbank.yaml",
             decode_config=sorted(recipe.glob("conf/decode*.yaml")),
+            tune=[(grid.with_name(grid.name.replace("tune", "decode")), grid) for grid in recipe.glob("conf/tune*.yaml")],
         )
         configs, findings = check.load_all(arguments)
         assert not [finding for finding in findings if finding.advice], recipe
         assert configs.train is not None
         assert configs.fbank is not None
-        assert list(check.check_shapes(configs.train, configs.fbank, configs.decode)) == []
+        assert list(check.check_shapes(configs.train, configs.fbank)) == []
+        assert list(check.check_searches(configs.train, configs.searches)) == []
+        lm_config = recipe / "conf/lm.yaml"
+        assert list(check.check_weights(configs.searches, lm_config if lm_config.is_file() else None)) == []
         assert check.check_model(configs.train, configs.fbank)[0] > 0
 
 
@@ -209,3 +211,32 @@ def test_milliseconds_that_subsampling_cannot_express_are_shown_with_their_line(
     where = locate("train.yaml", "model.encoder.layers")
     line = int(where.removeprefix("train.yaml:"))
     assert "layers" in text.splitlines()[line - 1] or "encoder" in text.splitlines()[line - 1]
+
+
+def test_a_weight_without_the_language_model_is_found_before_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("decode.yaml").write_text("beam: 4\nlm_weight: 0.3\n")
+    Path("tune.yaml").write_text("lm_weight: [0.0, 0.5]\nngram_weight: [0.0, 0.2]\n")
+    tune = ("--tune", "decode.yaml", "tune.yaml")
+    status, out = run(capsys, *tune)
+    assert status == 1
+    assert "decode.yaml:2: lm_weight 0.3 needs a language model, but there is no conf/lm.yaml" in out
+    assert "tune.yaml:1: lm_weight 0.5" in out and "tune.yaml:2: ngram_weight 0.2" in out
+    Path("lm.yaml").write_text("ngram: {order: 3}\n")
+    status, out = run(capsys, *tune, "--lm-config", "lm.yaml")
+    assert status == 1 and "lm.yaml has no section transformer" in out and "ngram_weight" not in out
+    Path("lm.yaml").write_text("ngram: {order: 3}\ntransformer: {layers: 1}\n")
+    status, out = run(capsys, *tune, "--lm-config", "lm.yaml")
+    assert status == 0, out
+
+
+def test_a_wrong_grid_and_one_for_a_missing_decoder_are_problems(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tune, by_loss = ("--tune", "decode.yaml", "tune.yaml"), ("--set", "training.average.by=dev_loss")
+    Path("tune.yaml").write_text("beam: [2]\nctc_wieght: [0.5]\n")
+    status, out = run(capsys, *tune)
+    assert status == 1 and "tune.yaml:2: ctc_wieght: unknown key; did you mean 'ctc_weight'?" in out
+    Path("tune.yaml").write_text("ctc_weight: [0.5, 1.0]\n")
+    Path("decode.yaml").write_text("ctc_weight: 1.0\n")
+    status, out = run(capsys, *tune, "--set", "model.decoder.layers=0", "--set", "model.ctc_weight=1.0", *by_loss)
+    assert status == 1 and "tune.yaml: ctc_weight 0.5 needs a decoder" in out and "decode.yaml: ctc_weight" not in out
+    status, out = run(capsys, "--tune", "decode.yaml", "nothing.yaml")
+    assert status == 1 and "nothing.yaml: no such configuration file" in out

@@ -13,7 +13,7 @@
 #   --seed N               of the weights and of the order of the data (default 1)
 #   --set KEY=VALUE        overrides one value of the training configuration, as in model.encoder.layers=6; may be repeated
 #   --train-config FILE    default conf/train.yaml
-#   --decode-config FILE   default conf/decode.yaml
+#   --decode-config FILE   how to recognise, may be repeated (default: every conf/decode*.yaml, each tuned on its conf/tune*.yaml)
 #   --lm-config FILE       language models to make; default conf/lm.yaml, none where it does not exist
 #   --exp DIR              experiment directory (default: exp/ and a name made of the configuration, --set and --seed)
 #   --speeds F,F,...       train on copies of the training set at these speeds, as in 0.9,1.0,1.1
@@ -23,7 +23,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 stage=0 stop_stage=7 force=false restart=false nj=$(env -u OMP_NUM_THREADS nproc) ngpu=0 seed=1 set=() exp='' speeds=''
-train_config=conf/train.yaml decode_config=conf/decode.yaml lm_config=conf/lm.yaml fbank_config=conf/fbank.yaml
+train_config=conf/train.yaml decode_config=() lm_config=conf/lm.yaml fbank_config=conf/fbank.yaml
 train_set=train dev_set=dev test_sets=(test) note='' # a plain statement for the top of RESULTS.md
 
 source ./path.sh
@@ -78,19 +78,29 @@ if begin_stage 5 "averaging, training curves"; then
   end_stage
 fi
 
-if begin_stage 6 "recognising $dev_set ${test_sets[*]}"; then
-  for name in "$dev_set" "${test_sets[@]}"; do
-    utils/steps/decode.sh --cmd "$cmd" --nj "$decode_nj" --ngpu "$((ngpu > 0))" --config "$decode_config" \
-      "$exp" "data/$name" "$(decode_dir "$name")"
-  done
-  end_stage
-fi
+for decoding in "${decodings[@]}"; do
+  if begin_stage 6:tune "weights of $decoding, chosen on $dev_set"; then
+    utils/steps/tune.sh --cmd "$cmd" --nj "$decode_nj" --ngpu "$((ngpu > 0))" "${lm_options[@]}" --config "$decoding" \
+      --grid "$(tune_grid)" "$exp" "data/$dev_set" "$(tune_dir)"
+    end_stage
+  fi
 
-if begin_stage 7 "scoring with sclite"; then
-  for name in "$dev_set" "${test_sets[@]}"; do
-    utils/steps/score.sh --note "$note" "$exp" "data/$name" "$(decode_dir "$name")"
-  done
-  end_stage
-fi
+  if begin_stage 6 "recognising $dev_set ${test_sets[*]} with $decoding"; then
+    for name in "$dev_set" "${test_sets[@]}"; do
+      utils/steps/decode.sh --cmd "$cmd" --nj "$decode_nj" --ngpu "$((ngpu > 0))" "${lm_options[@]}" --config "$(tuned_config)" \
+        "$exp" "data/$name" "$(decode_dir "$name")"
+    done
+    end_stage
+  fi
+done
+
+for decoding in "${decodings[@]}"; do
+  if begin_stage 7 "scoring $decoding with sclite"; then
+    for name in "$dev_set" "${test_sets[@]}"; do
+      utils/steps/score.sh --note "$note" "$exp" "data/$name" "$(decode_dir "$name")"
+    done
+    end_stage
+  fi
+done
 
 end_recipe
