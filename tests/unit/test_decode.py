@@ -236,6 +236,29 @@ def test_greedy_decodes_a_directory_too(exp, data, tmp_path):
     assert len(text_of(tmp_path)) == 8
 
 
+@pytest.mark.parametrize("method", ["ctc_beam", "attention_rescoring"])
+def test_ctc_beam_and_rescoring_decode_a_directory_with_hot_words(exp, data, tmp_path, method, capsys):
+    for name, more in (("cold", []), ("hot", ["--set", "hot_words=[cab, b a]", "--set", "hot_word_bonus=3.0"])):
+        assert decode(exp, data, tmp_path / name, "--set", f"method={method}", "--set", "nbest=2", *more) == 0
+        found = [json.loads(line) for line in (tmp_path / name / "nbest.jsonl").read_text().splitlines()]
+        assert len(text_of(tmp_path / name)) == 8 and sum(len(line["nbest"]) == 2 for line in found) == 7
+        for hypothesis in (h for line in found for h in line["nbest"]):
+            att = hypothesis["att"] if method == "attention_rescoring" else None
+            ctc = hypothesis["ctc"] if att is None else 0.7 * att + 0.3 * hypothesis["ctc"]
+            assert hypothesis["score"] == pytest.approx(ctc + (hypothesis["hot_words"] or 0.0), abs=1e-4)
+            assert (hypothesis["hot_words"] is not None) == (name == "hot")
+            if name == "hot":
+                assert (hypothesis["hot_words"] > 0) == any(word in f" {hypothesis['text']}" for word in (" cab", " b a"))
+    assert any("cab" in text for text in text_of(tmp_path / "hot").values())
+    assert text_of(tmp_path / "hot") != text_of(tmp_path / "cold")
+    assert decode(exp, data, tmp_path / "bad", "--set", f"method={method}", "--set", "hot_words=[xyz]") == 1
+    assert "cannot spell 'xyz'" in capsys.readouterr().err
+    from_python = speechtx.load_recognizer(
+        exp, decode=DecodeConfig(method=method, beam=3, hot_words=("cab", "b a"), hot_word_bonus=3.0)
+    )
+    assert from_python.transcribe(data / "utt3.wav") == text_of(tmp_path / "hot")["utt3"]
+
+
 def test_the_decode_step_runs_jobs_and_merges(exp, data, tmp_path, repo):
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()

@@ -83,6 +83,32 @@ def test_a_token_a_step_gives_what_teacher_forcing_gives_also_after_reordering()
     assert torch.allclose(row.exp().sum(dim=1), torch.ones(3), atol=1e-6)
 
 
+def test_hypotheses_of_different_lengths_step_together_as_each_alone() -> None:
+    torch.manual_seed(2)
+    lm = TransformerLM(config=transformer(), vocab_size=12).eval()
+    texts = [[11], [11], [11], [11]]
+    with torch.inference_mode():
+        scores, state = lm.step(torch.tensor([11] * 4), lm.start(4))
+        for rows, parents, tokens in (
+            ([2], [2], [3]),  # grown, in place of its parent
+            ([1, 3], [2, 0], [4, 5]),
+            ([0], [1], [6]),  # now of 4, 3, 2 and 2 tokens
+            ([3, 2, 1], [0, 0, 3], [7, 8, 9]),
+            ([0, 1, 2, 3], [0, 1, 2, 3], [2, 3, 4, 5]),
+        ):
+            grown, own = lm.step(torch.tensor(tokens), state.select(torch.tensor(parents)))
+            state = state.put(torch.tensor(rows), own)
+            longer = [[*texts[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+            for row, text, found in zip(rows, longer, grown, strict=True):
+                texts[row] = text
+                assert torch.allclose(found[1:], lm(torch.tensor([text]))[0, -1, 1:], atol=1e-5)
+    assert len({len(text) for text in texts}) > 1
+    order = torch.tensor([3, 0, 0])
+    scores, _ = lm.step(torch.tensor([2, 2, 3]), state.select(order))
+    for row, index, token in zip(scores, order.tolist(), [2, 2, 3], strict=True):
+        assert torch.allclose(row[1:], lm(torch.tensor([[*texts[index], token]]))[0, -1, 1:], atol=1e-5)
+
+
 def test_a_state_of_other_hypotheses_is_refused() -> None:
     lm = TransformerLM(config=transformer(), vocab_size=12).eval()
     with pytest.raises(ValueError, match="2 tokens for the state of 3 hypotheses"):
