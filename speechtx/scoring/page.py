@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from statistics import fmean
+from typing import Any
 
+from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ScoringError
 from speechtx.scoring.results import Decoding, ExperimentRecord
 
@@ -61,9 +64,7 @@ def score_table(experiments: Sequence[ExperimentRecord]) -> list[str]:
     ]
     rows = [[*header, *(f"{unit.upper()} %" for unit in extra), "RTF"]]
     for (test_set, name), group in groups.items():
-        role = "test"
-        if _is_dev(experiments, test_set):
-            role = "choosing epochs" if _dev_chose_epochs(experiments) else "development"
+        role = _role(experiments, test_set, [decoding for _, decoding in group])
         for experiment, decoding in group:
             wer = decoding.scores["wer"]
             low, high = wer.interval
@@ -71,7 +72,7 @@ def score_table(experiments: Sequence[ExperimentRecord]) -> list[str]:
             row = [
                 test_set,
                 role,
-                name,
+                f"{name}: {describe_search(decoding.decode)}",
                 *([str(experiment.run["seed"])] if several else []),
                 f"{found['rate']:.2f}",
                 f"{low:.2f} - {high:.2f}",
@@ -95,6 +96,39 @@ def score_table(experiments: Sequence[ExperimentRecord]) -> list[str]:
                 row.append(f"{fmean(values):.2f}" if len(values) == len(group) else "-")
             rows.append([*row, "-"])
     return _aligned(rows)
+
+
+def describe_search(decode: dict[str, Any]) -> str:
+    """What scored the hypotheses, in a few words: `beam 10, CTC 0.7, LM transformer 0.2, n-gram ngram 0.1`."""
+    config = {key: field.default for key, field in DecodeConfig.model_fields.items()} | decode["config"]
+    method, weight = config["method"], config["ctc_weight"]
+    words = [{"ctc_greedy": "CTC greedy", "mask_ctc": "Mask-CTC"}.get(method, f"{method.replace('_', ' ')} {config['beam']}")]
+    if method == "ctc_beam":
+        words = [f"CTC beam {config['beam']}"]
+    elif method == "attention_rescoring" or (method == "beam" and 0 < weight < 1):
+        words.append(f"CTC {weight:g}")
+    elif method == "beam":
+        words.append("CTC only" if weight else "attention only")
+    for key, name in (("lm", "LM"), ("ngram", "n-gram")):
+        if config[f"{key}_weight"]:
+            path = (decode.get(key) or {}).get("path", "")
+            words.append(" ".join(filter(None, (name, PurePath(path).name, f"{config[f'{key}_weight']:g}"))))
+    if config["hot_words"]:
+        words.append(f"{len(config['hot_words'])} hot words")
+    members = len(decode.get("members", ()))
+    return ", ".join(words) + (f", {members} models" if members > 1 else "")
+
+
+def _role(experiments: Sequence[ExperimentRecord], test_set: str, decodings: Sequence[Decoding]) -> str:
+    """What a set was used for beside being recognised; whatever chose something on it makes it no test."""
+    dev = _is_dev(experiments, test_set)
+    chosen = ["epochs"] if dev and _dev_chose_epochs(experiments) else []
+    chosen += ["weights"] if any(_chose_weights(decoding) for decoding in decodings) else []
+    return f"choosing {' and '.join(chosen)}" if chosen else "development" if dev else "test"
+
+
+def _chose_weights(decoding: Decoding) -> bool:
+    return decoding.tuned is not None and decoding.tuned["set"] == decoding.test_set
 
 
 def _groups(experiments: Sequence[ExperimentRecord]) -> dict[Key, list[tuple[ExperimentRecord, Decoding]]]:
@@ -147,6 +181,10 @@ def _explanations(experiments: Sequence[ExperimentRecord]) -> list[str]:
         if not _dev_chose_epochs(experiments):
             use = f"Training was watched on {names}"
         lines.append(f"{use}: its rows are not a test.")
+    tuned = {(decoding.name, decoding.tuned["set"]) for e in experiments for decoding in e.decodings if decoding.tuned}
+    for chosen_on in sorted({test_set for _, test_set in tuned}):
+        names = ", ".join(sorted(name for name, test_set in tuned if test_set == chosen_on))
+        lines.append(f"The decoding weights of {names} were chosen on {chosen_on} by `speechtx tune`: its rows are not a test.")
     if any(d.scores["wer"].content["rate"] == 0 for e in experiments for d in e.decodings):
         lines.append("Without a single error the bootstrap has no width, which does not mean that the rate is known exactly.")
     if any(d.scores["wer"].content["ignore_case"] for e in experiments for d in e.decodings):
@@ -182,12 +220,31 @@ def _facts(experiment: ExperimentRecord) -> list[str]:
         f"- weights: mean of {len(epochs)} epochs, {by}: {' '.join(map(str, epochs))}",
     ]
     for decoding in experiment.decodings:
-        config = ", ".join(f"{key} {value}" for key, value in decoding.decode["config"].items())
-        weights = decoding.decode.get("weights")
-        other = f"; weights {weights}" if weights and not str(weights).endswith("model.pt") else ""
-        lines.append(f"- {decoding.path.name}: {config}; on {decoding.decode['device']}{other}")
+        lines += _decoding_facts(decoding)
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     lines += [f"- code: git {run['git_hash']}; {versions}", "- commands:", "", "```"]
     if run.get("recipe_command"):
         lines.append(str(run["recipe_command"]))
     return [*lines, str(run["command"]), "```"]
+
+
+def _decoding_facts(decoding: Decoding) -> list[str]:
+    """Configuration (what is not at its default), models other than model.pt, and what chose the weights."""
+    decode = decoding.decode
+    defaults = {key: field.default for key, field in DecodeConfig.model_fields.items() if key not in ("method", "beam")}
+    shown = {key: value for key, value in decode["config"].items() if key not in defaults or value not in (defaults[key], [])}
+    lines = [f"- {decoding.path.name}: {', '.join(f'{key} {value}' for key, value in shown.items())}; on {decode['device']}"]
+    members = decode.get("members", [])
+    for member in members:
+        if len(members) > 1 or PurePath(member["path"]).name != "model.pt":
+            lines.append(f"  - weights {member['path']} (SHA-256 {member['sha256'][:16]})")
+    for key in ("lm", "ngram"):
+        if decode.get(key):
+            lines.append(f"  - {key}: {decode[key]['path']} (SHA-256 {decode[key]['sha256'][:16]})")
+    if decoding.tuned is not None:
+        tuned = decoding.tuned
+        chosen = ", ".join(f"{key} {value} among {tuned['grid'][key]}" for key, value in tuned["chosen"].items())
+        lines.append(
+            f"  - chosen on {tuned['set']} by {tuned['unit'].upper()} of {len(tuned['points'])} configurations: {chosen}"
+        )
+    return lines

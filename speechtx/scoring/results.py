@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,12 @@ class ScoreRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """One decode_* directory: its decode.json and its scores by unit."""
+    """One decode_* directory: its decode.json, its scores by unit, and the tune.json that chose its weights, if one did."""
 
     path: Path
     decode: dict[str, Any]
     scores: dict[str, ScoreRecord]
+    tuned: dict[str, Any] | None = None
 
     @property
     def test_set(self) -> str:
@@ -156,7 +157,17 @@ def _read_decoding(path: Path) -> Decoding:
             raise ScoringError(f"{record.path}: holds {record.content['unit']}, not {unit}")
     if stale := stale_scores(path):
         raise ScoringError(f"{stale[0]}: was not made from {path}/text as it is now; score again")
-    return Decoding(path=path, decode=decode, scores=scores)
+    decoding = Decoding(path=path, decode=decode, scores=scores)
+    return replace(decoding, tuned=_read_tuned(decoding))
+
+
+def _read_tuned(decoding: Decoding) -> dict[str, Any] | None:
+    """What chose the decoding's weights: a tune_SET_NAME/tune.json beside it whose choice is what it was decoded with."""
+    for path in sorted(decoding.path.parent.glob(f"tune_*_{decoding.name}/tune.json")):
+        found = _read_json(path, ("set", "unit", "grid", "chosen", "config", "points"), "speechtx tune")
+        if found["config"] == decoding.decode["config"]:
+            return found
+    return None
 
 
 def stale_scores(path: Path) -> list[Path]:

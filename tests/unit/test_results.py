@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from speechtx.bin import main
+from speechtx.scoring.page import describe_search
 from speechtx.scoring.sclite import Counts, Score, write_score
 
 
@@ -72,8 +73,9 @@ def test_the_page_says_what_was_scored_on_what_and_how(tmp_path: Path, capsys: p
     assert results("--exp", exp, "--note", "Synthetic speech.") == 0
     page = (exp / "RESULTS.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
-    assert rows[2] == ["dev", "choosing epochs", "decode", "12.50", "12.50 - 12.50", "0", "0", "4", "4 / 32", "0.0421"]
-    assert rows[3] == ["test", "test", "decode", "20.00", "20.00 - 20.00", "10", "10", "0", "20 / 100", "0.0421"]
+    search = "decode: beam 10, CTC 0.3"
+    assert rows[2] == ["dev", "choosing epochs", search, "12.50", "12.50 - 12.50", "0", "0", "4", "4 / 32", "0.0421"]
+    assert rows[3] == ["test", "test", search, "20.00", "20.00 - 20.00", "10", "10", "0", "20 / 100", "0.0421"]
     for fact in (
         "> Synthetic speech.",
         "test: 10 utterances, 100 words",
@@ -216,3 +218,58 @@ def test_an_experiment_without_scores_says_so(tmp_path: Path, capsys: pytest.Cap
         path.unlink()
     assert results("--exp", exp) == 1
     assert "nothing scored yet" in capsys.readouterr().err
+
+
+LM = {"path": "exp/lm/a/transformer", "sha256": "ab" * 32}
+
+
+def test_rows_name_language_models_and_weights_and_where_they_were_chosen(tmp_path: Path) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    config = {"method": "beam", "beam": 5, "ctc_weight": 0.4, "lm_weight": 0.25, "ngram_weight": 0.0, "length_bonus": 0.0}
+    counts = {f"u{i}": (8, 0, 1, 1) for i in range(3)}
+    for test_set in ("dev", "test"):
+        make_decoding(exp, "decode_lm", test_set, counts, config=config, lm=LM, ngram=None, members=[])
+    tuned = {"set": "dev", "unit": "wer", "grid": {"lm_weight": [0.0, 0.25]}, "chosen": {"lm_weight": 0.25}, "points": [{}, {}]}
+    folder = exp / "tune_dev_decode_lm"
+    folder.mkdir()
+    (folder / "tune.json").write_text(json.dumps({**tuned, "config": config}))
+    assert results("--exp", exp) == 0
+    page = (exp / "RESULTS.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")][:3] for line in page.splitlines() if line.startswith("|")]
+    assert ["dev", "choosing epochs and weights", "decode_lm: beam 5, CTC 0.4, LM transformer 0.25"] in rows
+    assert ["dev", "choosing epochs", "decode: beam 10, CTC 0.3"] in rows
+    assert ["test", "test", "decode_lm: beam 5, CTC 0.4, LM transformer 0.25"] in rows
+    assert "The decoding weights of decode_lm were chosen on dev by `speechtx tune`: its rows are not a test." in page
+    assert "chosen on dev by WER of 2 configurations: lm_weight 0.25 among [0.0, 0.25]" in page
+    assert "lm: exp/lm/a/transformer (SHA-256 abababababababab)" in page
+    (folder / "tune.json").write_text(json.dumps({**tuned, "config": {**config, "beam": 6}}))  # not what was decoded with
+    assert results("--exp", exp) == 0
+    assert "were chosen on" not in (exp / "RESULTS.md").read_text(encoding="utf-8").replace("epochs were chosen", "")
+
+
+def test_weights_that_were_chosen_on_a_test_set_are_not_shown_as_a_test(tmp_path: Path) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    config = {"method": "beam", "beam": 10}  # of make_decoding
+    (exp / "tune_test_decode").mkdir()
+    tuned = {"set": "test", "unit": "wer", "grid": {"beam": [10]}, "chosen": {"beam": 10}, "points": [{}], "config": config}
+    (exp / "tune_test_decode" / "tune.json").write_text(json.dumps(tuned))
+    assert results("--exp", exp) == 0
+    page = (exp / "RESULTS.md").read_text(encoding="utf-8")
+    assert "| test | choosing weights |" in page and "| test | test " not in page
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"method": "ctc_greedy"}, "CTC greedy"),
+        ({"method": "mask_ctc"}, "Mask-CTC"),
+        ({"method": "ctc_beam", "beam": 8, "ngram_weight": 0.5}, "CTC beam 8, n-gram 3gram.arpa 0.5"),
+        ({"method": "attention_rescoring", "ctc_weight": 0.5}, "attention rescoring 10, CTC 0.5"),
+        ({"ctc_weight": 1.0}, "beam 10, CTC only"),
+        ({"ctc_weight": 0.0, "hot_words": ["A", "B"]}, "beam 10, attention only, 2 hot words"),
+    ],
+)
+def test_a_search_is_told_in_a_few_words(config: dict[str, Any], words: str) -> None:
+    ngram = {"path": "lm/3gram.arpa", "sha256": ""} if "ngram_weight" in config else None
+    assert describe_search({"config": config, "lm": None, "ngram": ngram}) == words
+    assert describe_search({"config": config, "ngram": ngram, "members": [{}, {}]}) == f"{words}, 2 models"
