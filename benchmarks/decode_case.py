@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.an4_lengths import AN4_TEST
 from speechtx.config.schema import DecoderConfig, EncoderConfig, ModelConfig, SubsamplingConfig
 from speechtx.data.loader import FeatureReader
 from speechtx.data.manifest import load_manifest
@@ -50,8 +47,9 @@ class Case:
         tokens: per utterance how many tokens its reference has: the length of a forced search.
         lm: a Transformer language model's directory; one with random weights if None.
         ngram: an ARPA file.
-        encoder_bias: (1 or H, 2L - 1) what encoder self-attention adds to its logits by offset, if the model has a penalty: for
-            toolkits that have none of their own.
+        frame_shift_ms: of the features.
+        encoder_bias: (1 or H, 2L - 1) what every layer of encoder self-attention adds to its logits by offset, if the model has
+            such a penalty: for toolkits that have none of their own.
     """
 
     config: str
@@ -61,6 +59,7 @@ class Case:
     tokens: list[int]
     lm: str | None = None
     ngram: str | None = None
+    frame_shift_ms: float = 10.0
     encoder_bias: Tensor | None = None
 
     def save(self, path: Path) -> Path:
@@ -76,6 +75,7 @@ class Case:
             config=ModelConfig.model_validate_json(self.config),
             num_mel_bins=self.feats[0].shape[1],
             vocab_size=len(self.pieces),
+            frame_shift_ms=self.frame_shift_ms,
         )
         model.load_state_dict(self.weights)
         return model.eval()
@@ -120,9 +120,9 @@ def trained_case(exp: Experiment, data: Path) -> tuple[Case, list[str]]:
         pieces=list(exp.tokenizer.pieces),
         feats=[torch.from_numpy(reader(utterance)) for utterance in utterances],
         tokens=[len(exp.tokenizer.encode(texts[utterance.id])) for utterance in utterances],
+        frame_shift_ms=exp.fbank.frame_shift_ms,
     )
-    longest = max(len(feats) for feats in case.feats)
     penalty = model.encoder.attention_penalty
-    if penalty.layers:
-        case.encoder_bias = penalty.by_offset(0, longest).detach()
+    if len(penalty.layers) == penalty.num_layers and penalty.config.learnable == "none":
+        case.encoder_bias = penalty.by_offset(0, max(len(feats) for feats in case.feats)).detach()
     return case, [utterance.id for utterance in utterances]

@@ -1,4 +1,4 @@
-"""Toolkits side by side: each in a process of its own, told by one JSON line what to decode, answering with one that says how long.
+"""Toolkits side by side: each in a process of its own, told by a JSON line what to decode, answering with one that says how long.
 
 Both workers (`decode_worker` and `espnet_worker`) read the same file with weights and features, and know the same three commands:
 `load`, `search` and `memory`. So requests can alternate (A B A B ...) although the toolkits live in different environments.
@@ -54,7 +54,7 @@ class Worker:
 
     def receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = next((line for line in self._process.stdout if line.startswith("{")), "")  # libraries greet on stdout too
         if not line:
             raise RuntimeError(f"{self._process.args[1]} ended with status {self._process.wait()}; see its message above")  # type: ignore[index]
         answer: dict[str, Any] = json.loads(line)
@@ -71,13 +71,10 @@ class Worker:
 
 
 def serve(commands: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
-    """A worker's main loop. Only answers go to stdout, whatever libraries print."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """A worker's main loop."""
     for line in sys.stdin:
         request = json.loads(line)
-        answers.write(json.dumps(commands[request.pop("do")](**request)) + "\n")
-        answers.flush()
+        print(json.dumps(commands[request.pop("do")](**request)), flush=True)
 
 
 def peak_mib() -> float:
