@@ -9,6 +9,8 @@ example: speechtx train --config conf/train.yaml --train data/train --dev data/d
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 
@@ -30,23 +32,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take N steps only, and write where their time goes to EXP/profile.md; the experiment stands where it stood",
     )
     parser.add_argument(
-        "--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU; more: start with torchrun (default: 0)"
+        "--ngpu", type=int, default=0, metavar="N", help="0: CPU; N: that many GPUs, each with batches of its own (default: 0)"
+    )
+    parser.add_argument(
+        "--procs", type=int, default=1, metavar="N", help="on the CPU: N processes that share each batch (default: 1)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    from speechtx.config.errors import ConfigError
     from speechtx.config.load import load_config
     from speechtx.config.schema import TrainConfig
+    from speechtx.training.launch import launch
     from speechtx.training.prepare import TrainingData
     from speechtx.training.train import train
 
     overrides = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
     config = load_config(args.config, TrainConfig, overrides)
-    train(
-        config,
-        TrainingData(train=args.train, dev=args.dev, tokenizer=args.tokenizer),
-        args.exp,
-        ngpu=args.ngpu,
-        profile=args.profile,
-    )
+    if args.procs < 1 or (args.procs > 1 and args.ngpu):
+        raise ConfigError(f"--procs {args.procs} --ngpu {args.ngpu}: --procs is 1 or more, and is for the CPU only")
+    processes = max(args.procs, args.ngpu)
+    if processes > 1 and "RANK" not in os.environ:
+        launch([sys.executable, "-m", "speechtx.bin.main", *sys.argv[1:]], processes=processes, log_dir=args.exp / "log")
+        return 0
+    data = TrainingData(train=args.train, dev=args.dev, tokenizer=args.tokenizer)
+    train(config, data, args.exp, ngpu=args.ngpu, share_batches=args.procs > 1, profile=args.profile)
     return 0

@@ -1,5 +1,8 @@
 """Several processes that train one model: who am I, sum over all, wait for all.
 
+Two ways to share the work: each process has batches of its own, so that N processes take steps that are N times as large
+(GPUs), or all share each batch, so that steps are the same whatever N is (`speechtx train --procs`).
+
 Gradients are summed by hand after the last batch of a step, not by DistributedDataParallel: each rank may then hold any
 number of batches, none included, and N processes compute exactly the step that one process with the same global batch computes.
 """
@@ -19,11 +22,30 @@ from speechtx.config.errors import TrainingError
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers; `size` 1 when not started by torchrun."""
+    """This process among its peers; `size` 1 when it is alone.
+
+    Attributes:
+        rank: from 0.
+        size: how many there are.
+        device: of this one.
+        share_batches: each batch is split among all, instead of each having batches of its own.
+    """
 
     rank: int
     size: int
     device: torch.device
+    share_batches: bool = False
+
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches all processes together compute at a time."""
+        return 1 if self.share_batches else self.size
+
+    def share_of(self, batches: list[list[int]]) -> list[list[int]]:
+        """This process's batches, or its part of each that is not empty."""
+        if self.share_batches:
+            return [part for batch in batches if (part := batch[self.rank :: self.size])]
+        return batches[self.rank :: self.size]
 
     @property
     def is_main(self) -> bool:
@@ -70,11 +92,12 @@ class World:
             dist.barrier()
 
 
-def start(ngpu: int) -> World:
-    """Joins the process group when started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment).
+def start(ngpu: int, *, share_batches: bool = False) -> World:
+    """Joins the process group when RANK, WORLD_SIZE and LOCAL_RANK are in the environment (`launch`, torchrun).
 
     Args:
         ngpu: 0 trains on the CPU (gloo between processes), otherwise each process takes one GPU (nccl).
+        share_batches: see `World`.
 
     Raises:
         TrainingError: a GPU was asked for and there is none, or several were asked for in one process.
@@ -83,8 +106,8 @@ def start(ngpu: int) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if ngpu > 1 and size == 1:
         raise TrainingError(
-            f"--ngpu {ngpu}, but this is one process, which would use one GPU; start one for each: "
-            f"torchrun --standalone --nproc-per-node {ngpu} -m speechtx.bin.main train ... (utils/steps/train.sh does)"
+            f"--ngpu {ngpu}, but this is one process, which would use one GPU; start one for each, as `speechtx train` does, or "
+            f"on several hosts: torchrun --nproc-per-node {ngpu} -m speechtx.bin.main train ..."
         )
     if ngpu:
         if torch.cuda.device_count() <= local_rank:
@@ -98,7 +121,7 @@ def start(ngpu: int) -> World:
         device = torch.device("cpu")
     if size > 1:
         dist.init_process_group("nccl" if ngpu else "gloo")
-    return World(rank=rank, size=size, device=device)
+    return World(rank=rank, size=size, device=device, share_batches=share_batches)
 
 
 def stop(world: World) -> None:

@@ -33,7 +33,7 @@ from speechtx.model.subsampling import subsampled_length
 from speechtx.text.tokenizer import Tokenizer
 
 # What may change between two calls that continue the same experiment.
-MAY_CHANGE = ("epochs", "checkpoint_minutes", "loader_workers", "max_nonfinite_steps", "average")
+MAY_CHANGE = ("epochs", "checkpoint_minutes", "loader_workers", "gradient_checkpointing", "max_nonfinite_steps", "average")
 
 
 @dataclass(frozen=True)

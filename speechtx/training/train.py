@@ -14,20 +14,23 @@ from speechtx.training.monitor import Monitor
 from speechtx.training.trainer import Trainer
 
 
-def train(config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: int = 0, profile: int = 0) -> None:
+def train(
+    config: TrainConfig, data: prepare.TrainingData, exp: Path, *, ngpu: int = 0, share_batches: bool = False, profile: int = 0
+) -> None:
     """Trains, or continues to train, one experiment.
 
     Args:
         config: the resolved configuration.
         data: data directories and tokenizer.
         exp: the experiment directory, made if it is not there.
-        ngpu: 0 for the CPU; started by torchrun, every process calls this function.
+        ngpu: 0 for the CPU; of several processes every one calls this function.
+        share_batches: several processes split each batch, so that steps are the same as of one; see `distributed`.
         profile: takes so many steps to see where their time goes, and saves nothing but profile.md and profile.json.
 
     Raises:
         SpeechtxError: see `prepare` and `Trainer.run`.
     """
-    world = distributed.start(ngpu)
+    world = distributed.start(ngpu, share_batches=share_batches)
     try:
         fbank = prepare.check_features_agree(data)
         with prepare.only_one_training(exp) if world.is_main else nullcontext():

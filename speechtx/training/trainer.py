@@ -135,15 +135,15 @@ class Trainer:
                 saved = time.monotonic()
 
     def train_step(self, group: list[list[int]], batches: Iterator[Batch], lr: float) -> None:
-        """One optimiser step over a group of batches, of which this process takes every `world.size`-th."""
+        """One optimiser step over a group of batches, of which this process computes its share."""
         tokens = self.train_corpus.views * sum(len(self.train_corpus.tokens[i]) + 1 for batch in group for i in batch)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
         self.model.at_step(self.step)
-        for position in range(self.world.rank, len(group), self.world.size):
+        for number in range(len(self.world.share_of(group))):
             with self.phase("data wait"):
                 batch = next(batches).to(self.world.device)
             with naming_the_batch(batch, save_to=self.exp / f"oom_batch{self.world.suffix}.pt", step=self.step + 1):
-                sums += self.backward(batch, position=position, tokens=tokens)
+                sums += self.backward(batch, position=number * self.world.size + self.world.rank, tokens=tokens)
         with self.phase("synchronisation"):
             self.world.sum_gradients(self.parameters)
             self.world.sum(sums)
@@ -196,7 +196,7 @@ class Trainer:
             max_utts=self.train_config.max_utts_per_batch,
         )
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
-        for batch in self.dev_corpus.batches(self.my_share(batches)):
+        for batch in self.dev_corpus.batches(self.world.share_of(batches)):
             sums += summed(self.forward(batch.to(self.world.device)))
         return averages_of(self.world.sum(sums).cpu())
 
@@ -231,7 +231,7 @@ class Trainer:
 
     def load(self, groups: list[list[list[int]]]) -> Iterator[Batch]:
         """This process's batches of the given steps of the epoch, read ahead."""
-        mine = [batch for group in groups for batch in self.my_share(group)]
+        mine = [batch for group in groups for batch in self.world.share_of(group)]
         workers = self.train_config.loader_workers
         return self.train_corpus.at_epoch(self.epoch).batches(mine, workers=workers, pin=self.world.device.type == "cuda")
 
@@ -259,7 +259,7 @@ class Trainer:
             return self.model(batch.feats, batch.feat_lens, batch.tokens, batch.token_lens, consistency=consistency)
 
     def groups(self) -> list[list[list[int]]]:
-        """The epoch's batches, grouped into optimiser steps: accum_steps batches for each process."""
+        """The epoch's batches, grouped into optimiser steps: accum_steps for each process, or for all if they share batches."""
         batches = make_batches(
             [u.num_frames for u in self.train_corpus.utterances],
             frames_per_batch=self.train_config.frames_per_batch,
@@ -267,11 +267,8 @@ class Trainer:
             seed=self.config.seed,
             epoch=self.epoch,
         )
-        size = self.train_config.accum_steps * self.world.size
+        size = self.train_config.accum_steps * self.world.batches_at_once
         return [batches[i : i + size] for i in range(0, len(batches), size)]
-
-    def my_share(self, batches: list[list[int]]) -> list[list[int]]:
-        return batches[self.world.rank :: self.world.size]
 
     @property
     def averages(self) -> dict[str, float]:
@@ -294,7 +291,7 @@ class Trainer:
             "seconds": self.seconds,
             "sums": self.sums,
             "history": self.history,
-            "group_size": self.train_config.accum_steps * self.world.size,
+            "group_size": self.train_config.accum_steps * self.world.batches_at_once,
             "corpus_hash": self.corpus_hash,
         }
 
@@ -322,7 +319,7 @@ class Trainer:
                 f"{self.exp}/checkpoints: the training set is not the one this experiment began with (utterances, lengths or "
                 "tokens differ); choose another --exp, or train from nothing (utils/steps/train.sh --restart)"
             )
-        group_size = self.train_config.accum_steps * self.world.size
+        group_size = self.train_config.accum_steps * self.world.batches_at_once
         if state["index"] and state["group_size"] != group_size:
             raise TrainingError(
                 f"the checkpoint stands in the middle of epoch {state['epoch']}, with {state['group_size']} batches a step "

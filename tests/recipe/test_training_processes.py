@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
     return make_training_data(tmp_path_factory.mktemp("toy"))
 
 
-def command(data: TrainingData, exp: Path, *overrides: str, torchrun: int = 1) -> list[str]:
+def command(data: TrainingData, exp: Path, *overrides: str, torchrun: int = 1, procs: int = 1) -> list[str]:
     config = exp.parent / "train.yaml"
     config.write_text(TINY)
     start = [sys.executable, "-m"]
@@ -38,7 +38,7 @@ def command(data: TrainingData, exp: Path, *overrides: str, torchrun: int = 1) -
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "-m"]
     paths = ["--train", str(data.train), "--dev", str(data.dev), "--tokenizer", str(data.tokenizer), "--exp", str(exp)]
     sets = [word for override in overrides for word in ("--set", override)]
-    return [*start, "speechtx.bin.main", "train", "--config", str(config), *paths, *sets]
+    return [*start, "speechtx.bin.main", "train", "--config", str(config), *paths, *sets, "--procs", str(procs)]
 
 
 def model_of(exp: Path) -> dict[str, torch.Tensor]:
@@ -86,6 +86,55 @@ def test_two_processes_compute_what_one_does_with_the_same_global_batch(
         losses.append([value for line in lines for part in ("train", "dev") for value in json.loads(line)[part].values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-5)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+
+
+def losses_of(exp: Path) -> list[float]:
+    lines = (exp / "metrics.jsonl").read_text().splitlines()
+    return [value for line in lines for part in ("train", "dev") for value in json.loads(line)[part].values()]
+
+
+NO_DROPOUT = [f"model.{part}dropout=0" for site in ("encoder", "decoder") for part in (f"{site}.", f"{site}.positional_")]
+
+
+def test_processes_that_share_batches_take_the_steps_of_one_and_training_moves_between_them(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    """Dropout is off: which of its random numbers a frame gets depends on the process that computes it."""
+    subprocess.run(command(data, tmp_path / "one", "training.epochs=3", *NO_DROPOUT), check=True, capture_output=True)
+    moved = tmp_path / "moved"
+    for epochs, procs in ((1, 2), (2, 1), (3, 2)):
+        subprocess.run(
+            command(data, moved, f"training.epochs={epochs}", *NO_DROPOUT, procs=procs), check=True, capture_output=True
+        )
+    assert losses_of(tmp_path / "one") == pytest.approx(losses_of(moved), rel=1e-5, abs=1e-5)
+    assert json.loads((moved / "run.json").read_text())["processes"] == 2
+    assert (moved / "log" / "train.1.log").is_file()
+
+
+def test_a_killed_process_ends_the_job_at_once_and_is_named(data: TrainingData, tmp_path: Path) -> None:
+    exp = tmp_path / "exp"
+    job = subprocess.Popen(
+        command(data, exp, "training.epochs=100000", procs=2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (exp / "checkpoints" / "last.pt").exists():
+        assert job.poll() is None, "the training ended by itself"
+        time.sleep(0.1)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    second = next(pid for pid in children if b"RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "process 1 of 2 ended with signal SIGKILL" in errors and "Traceback" not in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children), "a process was left alone"
+
+
+def test_an_error_of_several_processes_is_printed_once(data: TrainingData, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(data, tmp_path / "exp", "training.max_frames=20", procs=2), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("none of 24 utterances can be used") == 1
+    assert done.stderr.startswith("speechtx train: error: ")
 
 
 def test_two_processes_with_batch_norm_judge_the_model_that_is_saved(data: TrainingData, tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_a_missing_tokenizer_is_named(data: TrainingData, tmp_path: Path) -> Non
 
 
 def test_several_gpus_in_one_process_are_refused_with_the_way_to_start_them() -> None:
-    with pytest.raises(TrainingError, match="torchrun --standalone --nproc-per-node 2"):
+    with pytest.raises(TrainingError, match="torchrun --nproc-per-node 2"):
         distributed.start(2)
 
 

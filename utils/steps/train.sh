@@ -7,13 +7,14 @@
 #   --config FILE     the experiment's YAML (default conf/train.yaml)
 #   --set KEY=VALUE   overrides one value of it; may be repeated
 #   --seed N          overrides its seed (default 1)
-#   --ngpu N          0: on the processor; 1: one GPU; more: that many GPUs of this machine through torchrun (default 0)
+#   --ngpu N          0: on the processor; N: that many GPUs of this machine, each with batches of its own (default 0)
+#   --procs N         on the processor: processes that share each batch, and its cores (default 1, with a thread for each core)
 #   --restart         starts anew: an experiment that is there is moved to <exp-dir>.old-1 (-2, ...)
 #
 # Running it again with the same arguments continues from the newest checkpoint. What it prints is also in <exp-dir>/train.log.
 set -euo pipefail
 
-config=conf/train.yaml set=() seed=1 ngpu=0 restart=false
+config=conf/train.yaml set=() seed=1 ngpu=0 procs=1 restart=false
 # shellcheck source=utils/parse_options.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../parse_options.sh"
 
@@ -38,9 +39,6 @@ if $restart && [[ -f $exp/config.yaml ]]; then
   echo "train.sh: the earlier experiment was moved to $exp.old-$number; remove it when you no longer need it"
 fi
 
-arguments=(train --config "$config" --train "$train" --dev "$dev" --tokenizer "$tokenizer" --exp "$exp" --seed "$seed" --ngpu "$ngpu")
+arguments=(train --config "$config" --train "$train" --dev "$dev" --tokenizer "$tokenizer" --exp "$exp" --seed "$seed" --ngpu "$ngpu" --procs "$procs")
 for override in "${set[@]}"; do arguments+=(--set "$override"); done
-if ((ngpu > 1)); then
-  exec torchrun --standalone --nproc-per-node "$ngpu" -m speechtx.bin.main "${arguments[@]}"
-fi
 exec speechtx "${arguments[@]}"

@@ -1,0 +1,116 @@
+"""Several processes of one training on this machine; on several hosts they are started by torchrun or Slurm instead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from speechtx.config.errors import TrainingError
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 3.0  # from the first failure to the end of the others, who may be about to say what it is
+LAST_LINES = 20
+ERROR = "speechtx train: error: "  # how `speechtx.bin.main` begins
+
+
+def launch(command: Sequence[str], *, processes: int, log_dir: Path) -> None:
+    """Runs `command` in several processes, who find each other by the variables that torchrun sets, until all are done.
+
+    The first one's progress is shown; errors of process N, and what others print, are in `log_dir/train.N.log`.
+
+    Args:
+        command: of each process.
+        processes: how many; the machine's processors are divided among them unless OMP_NUM_THREADS says otherwise.
+        log_dir: made if it is not there.
+
+    Raises:
+        TrainingError: one failed, and the others were ended; the message is its error, or its exit status and its last lines.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    logs = [log_dir / f"train.{rank}.log" for rank in range(processes)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_terminated_like_interrupted())
+        port, ranks = _free_port(), []
+        for rank, log in enumerate(logs):
+            stream = stack.enter_context(log.open("w", encoding="utf-8"))
+            shown = None if rank == 0 else stream
+            environment = _environment(rank, processes, port)
+            ranks.append(subprocess.Popen(command, env=environment, stdout=shown, stderr=stream))
+        try:
+            failed = _wait(ranks)
+        finally:
+            _end(ranks)
+    if failed is None:
+        sys.stderr.write(logs[0].read_text(encoding="utf-8", errors="replace"))  # warnings
+        return
+    for log in logs:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if ERROR in text:
+            raise TrainingError(text.rpartition(ERROR)[2].strip())
+    tail = "\n  ".join(logs[failed].read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+    raise TrainingError(
+        f"process {failed} of {processes} ended with {_describe(ranks[failed].returncode)}, and the others were ended; run the "
+        f"same command again to continue from the newest checkpoint. The end of {logs[failed]}:\n  {tail or '(empty)'}"
+    )
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits for all; the first that failed, if one did."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        for rank, code in enumerate(codes):
+            if code:
+                return rank
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(POLL_SECONDS)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Lets the others say what they have to say, and ends them."""
+    for end in (lambda process: None, subprocess.Popen.terminate, subprocess.Popen.kill):
+        for process in ranks:
+            if process.poll() is None:
+                end(process)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+
+
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, **{name: str(value) for name, value in ours.items()}}
+
+
+def _describe(code: int) -> str:
+    if code < 0:
+        return f"signal {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+    return f"exit status {code}"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Ends the block by an exception when SIGTERM comes, so that no process is left alone."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
