@@ -105,8 +105,16 @@ def run(args: argparse.Namespace) -> int:
     findings += list(check_weights(configs.searches, args.lm_config))
     findings.append(check_sclite())
     findings += list(check_paths(args.data, args.exp, args.archive))
-    epochs_kept = configs.train.training.average.num if configs.train else 10
-    findings.append(check_disk(args.data, audio_gib=args.corpus_gib, parameters=parameters, epochs_kept=epochs_kept))
+    training = configs.train.training if configs.train else None
+    findings.append(
+        check_disk(
+            args.data,
+            audio_gib=args.corpus_gib,
+            parameters=parameters,
+            epochs_kept=training.average.num if training else 10,
+            ema=training is not None and training.ema is not None,
+        )
+    )
     findings += list(check_processors(args.nj, args.ngpu))
     return report(findings)
 
@@ -328,12 +336,13 @@ def _writable(path: Path) -> bool:
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
-def check_disk(data: Path, *, audio_gib: float, parameters: int, epochs_kept: int) -> Finding:
+def check_disk(data: Path, *, audio_gib: float, parameters: int, epochs_kept: int, ema: bool = False) -> Finding:
     """Free space against what the stages will write: the unpacked corpus, its features, checkpoints."""
     # 80 float32 bins at 100 frames a second are 32 kB/s, as much as 16-bit audio at 16 kHz: once for each.
-    # A resumable checkpoint holds weights and two moments; last.pt, previous.pt and one being written exist at once.
+    # A resumable checkpoint holds weights, two moments and perhaps a moving average; last.pt, previous.pt and one being written
+    # exist at once.
     weights_gib = parameters * 4 / GIB
-    needed = 2 * audio_gib + weights_gib * (3 * 3 + epochs_kept + 2)
+    needed = 2 * audio_gib + weights_gib * (3 * (3 + ema) + epochs_kept + 2)
     nearest = next(p for p in (data.absolute(), *data.absolute().parents) if p.exists())
     free = shutil.disk_usage(nearest).free / GIB
     message = f"{free:.1f} GiB free, about {needed:.1f} GiB needed"

@@ -130,6 +130,15 @@ def test_a_file_where_a_folder_must_be(folder: Path, capsys: pytest.CaptureFixtu
     assert "cannot write to exp/a" in out
 
 
+def test_a_moving_average_is_counted_in_all_three_checkpoints(folder: Path) -> None:
+    plain, averaged = (
+        check.check_disk(folder, audio_gib=0.0, parameters=check.GIB // 4, epochs_kept=5, ema=ema).message
+        for ema in (False, True)
+    )
+    assert "about 16.0 GiB needed" in plain
+    assert "about 19.0 GiB needed" in averaged
+
+
 def test_too_little_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = run(capsys, "--corpus-gib", "1e9")
     assert status == 1
