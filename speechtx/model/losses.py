@@ -57,7 +57,7 @@ def ctc_loss(log_probs: Tensor, enc_lens: Tensor, tokens: Tensor, token_lens: Te
 
 
 def consistency_loss(log_probs: Tensor, lens: Tensor, *, teachers_learn: bool = False) -> Tensor:
-    """Summed divergence of the outputs of two views of the same utterances (Yao et al. 2025, equation 4).
+    """Summed divergence of the outputs of two views of the same utterances (Yao et al., ICLR 2025, section 3).
 
     Each view learns from the other, D(sg(b) || a) + D(sg(a) || b) in every frame: no gradient flows into the distribution that
     teaches. Half of this is the paper's loss; the other half is in the number of tokens, which counts both views too.
