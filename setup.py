@@ -42,7 +42,7 @@ EXTRAS = {
     # torchaudio is the second fbank backend. Its Linux wheels ask for a CUDA torch, so that naming it above would pull
     # gigabytes next to a CPU torch: tools/install.sh installs it with --no-deps instead. For a CUDA torch this extra will do.
     "torchaudio": ["torchaudio>=2.6,<3"],
-    # KenLM (LGPL) queries the same ARPA files as speechtx/model/ngram.py: its twin in the tests, and of no other use here.
+    # KenLM (LGPL): for language models that exist as its binary files only, and the twin of speechtx/model/ngram.py in the tests.
     # A source package that is compiled, so that tools/install.sh --dev goes on where there is no C++ compiler.
     "lm": ["kenlm>=0.3,<1"],
     "dev": [

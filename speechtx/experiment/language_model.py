@@ -16,10 +16,12 @@ from speechtx.config.errors import DataError, ExperimentError
 from speechtx.config.lm import TransformerLmConfig
 from speechtx.config.load import load_config
 from speechtx.experiment.experiment import load_weights
+from speechtx.model.kenlm_lm import KenlmLM
 from speechtx.model.language_model import TransformerLM
 from speechtx.model.lexicon import LexiconLM
 from speechtx.model.ngram import NgramLM
 from speechtx.text.arpa import BOS, EOS, UNK, read_arpa
+from speechtx.text.kenlm_binary import is_kenlm_binary, read_kenlm_binary
 from speechtx.text.lexicon import read_lexicon
 from speechtx.text.tokenizer import BLANK, SOS_EOS, Tokenizer
 
@@ -30,25 +32,29 @@ WEIGHTS_FILE = "model.pt"
 
 def load_language_model(
     path: str | Path, *, tokens: Sequence[str], device: str | torch.device = "cpu"
-) -> TransformerLM | NgramLM | LexiconLM:
+) -> TransformerLM | NgramLM | LexiconLM | KenlmLM:
     """Opens a language model of any kind, in evaluation mode; all are a `speechtx.model.language_model.LanguageModel`.
 
     Args:
-        path: the directory of a model that `speechtx lm` made, or any ARPA file over the tokenizer's tokens.
+        path: the directory of a model that `speechtx lm` made, or any ARPA file or KenLM binary over the tokenizer's tokens.
         tokens: the tokens (`Tokenizer.pieces`) of the model that it is to work with.
         device: where to put it.
 
     Raises:
         ExperimentError: there is no model at `path`, or it was made with other tokens.
-        DataError: the ARPA file is wrong, or has words that are no tokens, or the lexicon is wrong; file and line are named.
+        DataError: the ARPA file is wrong, or has words that are no tokens, or the lexicon is wrong (file and line are named);
+            a KenLM binary is damaged.
+        ConfigError: a KenLM binary, but the module `kenlm` is not installed.
     """
     path = Path(path)
     if path.is_dir():
         require_same_tokens(path, tokens)
     arpa = path / ARPA_FILE if path.is_dir() else path
-    model: TransformerLM | NgramLM | LexiconLM
+    model: TransformerLM | NgramLM | LexiconLM | KenlmLM
     if (path / LEXICON_FILE).is_file():
         model = _load_lexicon(path, tokens)
+    elif arpa.is_file() and is_kenlm_binary(arpa):
+        model = KenlmLM(file=read_kenlm_binary(arpa), tokens=tokens)
     elif arpa.is_file():
         model = NgramLM(arpa=read_arpa(arpa, vocabulary=tokens[1:-1]), tokens=tokens, source=str(arpa))
     elif (path / WEIGHTS_FILE).is_file():
@@ -57,7 +63,7 @@ def load_language_model(
         load_weights(model, path / WEIGHTS_FILE)
     else:
         raise ExperimentError(
-            f"{path}: no language model: neither an ARPA file nor a directory with {ARPA_FILE} or {WEIGHTS_FILE}"
+            f"{path}: no language model: neither an ARPA file, nor a KenLM binary, nor a directory with {ARPA_FILE} or {WEIGHTS_FILE}"
         )
     return model.to(device).eval()
 

@@ -19,7 +19,7 @@ from speechtx.config.errors import DataError
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 NEVER = -99.0  # log10 of the probability of what is never predicted, as SRILM and others write it for <s>
-_KENLM_BINARY = b"mmap lm http://kheafield.com/code"
+KENLM_MAGIC = b"mmap lm http://kheafield.com/code"  # how its binary files begin
 _SPACES = re.compile(r"[ \t]+")  # not str.split(): U+00A0 and U+3000 may be tokens
 _COUNT = re.compile(r"ngram +(\d+) *= *(\d+)")
 _SECTION = re.compile(r"\\(\d+)-grams:")
@@ -123,7 +123,7 @@ class _Reader:
             raise DataError(f"{self.path}: no such file") from None
         with stream:
             for self.number, raw in enumerate(stream, start=1):
-                if self.number == 1 and raw.startswith(_KENLM_BINARY):
+                if self.number == 1 and raw.startswith(KENLM_MAGIC):
                     raise self.fail("a binary file of KenLM; give the ARPA file that it was made from")
                 try:
                     line = raw.decode("utf-8")

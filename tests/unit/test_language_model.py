@@ -287,7 +287,7 @@ def test_what_is_no_model_is_told_apart(data: dict[str, Path], made: Path, tmp_p
     with pytest.raises(ExperimentError, match="no language model"):
         load_language_model(tmp_path / "none", tokens=tokens(data))
     Tokenizer.load(data["tokenizer"]).save(tmp_path / "half/tokenizer")
-    with pytest.raises(ExperimentError, match="neither an ARPA file nor a directory with"):
+    with pytest.raises(ExperimentError, match="neither an ARPA file, nor a KenLM binary, nor a directory with"):
         load_language_model(tmp_path / "half", tokens=tokens(data))
 
 
