@@ -14,7 +14,7 @@ from benchmarks.side_by_side import Report
 from speechtx.text.arpa import write_arpa
 from speechtx.text.kneser_ney import estimate_ngram
 
-JOINT = {"beam": 10, "ctc_weight": 0.3}
+JOINT: dict[str, object] = {"beam": 10, "ctc_weight": 0.3}
 SPREAD = "In brackets: first and third quartile of the rounds."
 COMPARED = ["ours", "ESPnet2", "times faster", "goal"]
 Lengths = list[tuple[int, int]]  # frames and tokens of utterances

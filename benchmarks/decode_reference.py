@@ -94,7 +94,7 @@ class CtcRows:
 
 def _open(case: Case, config: DecodeConfig) -> None:
     torch.set_num_threads(1)
-    reference.ctc_log_prob = CtcRows()  # type: ignore[assignment]
+    reference.ctc_log_prob = CtcRows()
     _shared.update(case=case, model=case.recognizer(), config=config)
 
 

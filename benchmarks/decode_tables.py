@@ -66,9 +66,9 @@ def measure_whole(bench: Bench) -> None:
         "Whole utterances from features, one by one, ms an utterance (1 thread)",
         ["model, search", "utterances", *COMPARED, "equal texts"],
         rows,
-        "Encoder included. `trained` is the experiment that was named, with its weights in ESPnet2's modules too, searched freely. "
-        "The other models have random weights, which know no end, so the length is given as above (where our last step may only end "
-        f"the sentence, ESPnet2's takes one more token, so texts are not compared). {SPREAD}",
+        "Encoder included. `trained` is the experiment that was named, its weights in ESPnet2's modules too, searched freely. "
+        "The other models have random weights, which know no end, so the length is given as above (where our last step may "
+        f"only end the sentence, ESPnet2's takes one more token, so texts are not compared). {SPREAD}",
     )
 
 
@@ -117,7 +117,7 @@ def measure_fusion(bench: Bench) -> None:
 
 def measure_methods(bench: Bench) -> None:
     """Every way from features to text."""
-    methods = {
+    methods: dict[str, dict[str, object]] = {
         "ctc_greedy": {"method": "ctc_greedy"},
         "ctc_beam, beam 10": {"method": "ctc_beam", "beam": 10},
         "ctc_beam, beam 10, 3-gram 0.3": {"method": "ctc_beam", "beam": 10, "ngram_weight": 0.3},

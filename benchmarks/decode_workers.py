@@ -32,6 +32,7 @@ class Worker:
     """
 
     def __init__(self, *, module: str, case: Path, threads: int = 1, python: str = sys.executable) -> None:
+        self._module = module
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
             [python, str(ROOT / "benchmarks" / f"{module}.py")],
@@ -56,7 +57,7 @@ class Worker:
         assert self._process.stdout is not None
         line = next((line for line in self._process.stdout if line.startswith("{")), "")  # libraries greet on stdout too
         if not line:
-            raise RuntimeError(f"{self._process.args[1]} ended with status {self._process.wait()}; see its message above")  # type: ignore[index]
+            raise RuntimeError(f"{self._module} ended with status {self._process.wait()}; see its message above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
