@@ -21,7 +21,7 @@ import torch
 
 import speechtx
 from speechtx.config.atomic import replacing, write_text
-from speechtx.config.errors import TrainingError
+from speechtx.config.errors import DataError, TrainingError
 from speechtx.config.load import dump_config, load_config
 from speechtx.config.schema import FbankConfig, PerturbConfig, TrainConfig
 from speechtx.data.loader import Corpus, FeatureReader
@@ -55,7 +55,11 @@ class Selection:
 
 
 def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, config: TrainConfig) -> Selection:
-    """Leaves out what is too short or too long, has no text, or what CTC could not emit in its frames."""
+    """Leaves out what is too short or too long, has no text, or what CTC could not emit in its frames.
+
+    Raises:
+        DataError: a label is outside the vocabulary.
+    """
     kept: list[Utterance] = []
     tokens: list[list[int]] = []
     left_out: list[tuple[str, str]] = []
@@ -72,6 +76,11 @@ def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, con
         elif frames < needed:
             left_out.append(
                 (utterance.id, f"{frames} encoder frames, but CTC needs {needed} for {len(ids)} tokens and their repeats")
+            )
+        elif not all(0 < token < tokenizer.sos_eos_id for token in ids):
+            raise DataError(
+                f"utterance {utterance.id}: tokens {ids} are outside the model's vocabulary, in which a text has tokens 1 to "
+                f"{tokenizer.sos_eos_id - 1}; make the tokenizer again (stage bpe)"
             )
         else:
             kept.append(utterance)

@@ -325,10 +325,16 @@ class Trainer:
                 f"the checkpoint stands in the middle of epoch {state['epoch']}, with {state['group_size']} batches a step "
                 f"(accum_steps times processes); continue with as many, not with {group_size}"
             )
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as err:
+            raise TrainingError(
+                f"{self.exp}/checkpoints: the newest one belongs to a model of another shape ({str(err).splitlines()[-1].strip()}); "
+                "choose another --exp, or train from nothing (utils/steps/train.sh --restart)"
+            ) from None
         if self.ema is not None:
             self.ema.load(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for name in ("epoch", "index", "step", "nonfinite", "seconds", "sums", "history"):
             setattr(self, name, state[name])
