@@ -330,7 +330,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as err:
             raise TrainingError(
-                f"{self.exp}/checkpoints: the newest one belongs to a model of another shape ({str(err).splitlines()[-1].strip()}); "
+                f"{self.exp}/checkpoints: the newest belongs to a model of another shape ({str(err).splitlines()[-1].strip()}); "
                 "choose another --exp, or train from nothing (utils/steps/train.sh --restart)"
             ) from None
         if self.ema is not None:
