@@ -7,7 +7,7 @@ makes whole passes too (Higuchi et al., Interspeech 2020; Ghazvininejad et al., 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -22,66 +22,12 @@ from speechtx.config.penalty import CrossPenaltyConfig, PenaltyConfig
 from speechtx.config.schema import DecoderConfig
 from speechtx.model.axis import Audio, AxisState
 from speechtx.model.cross_penalty import CrossPenalty, CrossWalk
+from speechtx.model.decoder_state import DecoderState, KeyValue, TokenTree
 from speechtx.model.dropout import Dropout
 from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
 from speechtx.model.position import input_position
 
-KeyValue = tuple[Tensor, Tensor]
 CrossBias = Callable[[CrossAttention, Tensor, Tensor], Tensor | None]  # of a layer, its queries' input and its keys
-
-
-@dataclass(frozen=True)
-class DecoderState:
-    """What the decoder remembers between two steps of N = B * beam hypotheses; never changed in place.
-
-    Attributes:
-        position: tokens fed so far.
-        own: per layer, self-attention keys and values (N, H, position, d); empty before the first step.
-        cross: per layer, cross-attention keys and values (B, H, S, d), shared by the hypotheses of an utterance.
-        cross_bias: (B, 1, 1, S), masks the encoder's padding.
-        axis: where the hypotheses stand, if cross-attention pays for distance.
-        looked: (N, S) attention weights of the last step on average over the heads of the last layer; None unless `watched`.
-    """
-
-    position: int
-    own: tuple[KeyValue, ...]
-    cross: tuple[KeyValue, ...]
-    cross_bias: Tensor | None
-    axis: AxisState | None = None
-    looked: Tensor | None = None
-
-    def watched(self) -> DecoderState:
-        """The state with `looked`, which steps from here on will fill in."""
-        keys = self.cross[0][0]
-        num = len(keys) if not self.own else len(self.own[0][0])
-        return replace(self, looked=torch.zeros(num, keys.shape[2], device=keys.device))
-
-    def select(self, rows: Tensor) -> DecoderState:
-        """The state with its hypotheses reordered.
-
-        Args:
-            rows: (N,) int64 into the flat N hypotheses; row n of the result continues hypothesis rows[n], which must belong
-                to the same utterance.
-        """
-        own = tuple((k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.own)
-        return replace(self, own=own, axis=None if self.axis is None else self.axis.select(rows))
-
-    def keep(self, utterances: Tensor) -> DecoderState:
-        """The state of some utterances (int64 indices into B), each with all its hypotheses; for dropping finished ones."""
-        batch = self.cross[0][0].shape[0]
-        own = tuple(
-            (k.unflatten(0, (batch, -1))[utterances].flatten(0, 1), v.unflatten(0, (batch, -1))[utterances].flatten(0, 1))
-            for k, v in self.own
-        )
-        cross = tuple((k[utterances], v[utterances]) for k, v in self.cross)
-        return DecoderState(
-            self.position,
-            own,
-            cross,
-            None if self.cross_bias is None else self.cross_bias[utterances],
-            None if self.axis is None else self.axis.keep(utterances),
-            self.looked,
-        )
 
 
 class DecoderLayer(nn.Module):
@@ -106,16 +52,29 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.ff(self.norm_ff(x)))
 
     def step(
-        self, x: Tensor, own: KeyValue | None, cross: KeyValue, *, own_bias: Tensor | None, cross_bias: CrossBias
+        self, x: Tensor, own: KeyValue | None, cross: KeyValue, *, position: int, own_bias: Tensor, cross_bias: CrossBias
     ) -> tuple[Tensor, KeyValue]:
-        """One position: x (N, 1, D) -> (N, 1, D) and the self-attention keys and values with this position's appended."""
-        q, k, v = self.attn.project(self.norm_attn(x), start=0 if own is None else own[0].shape[2])
+        """One position.
+
+        Args:
+            x: (N, 1, D).
+            own, cross: as in `DecoderState`.
+            position: of x.
+            own_bias: (B, 1 or H, beam, P + beam) for the tokens of `own` and then those of x.
+            cross_bias: see `CrossBias`.
+
+        Returns:
+            (N, 1, D) and `own` with the keys and values of this position.
+        """
+        # The hypotheses of an utterance stand where queries stand: (B, beam, ...) against that utterance's tokens and frames.
+        batch, beam = own_bias.shape[0], own_bias.shape[2]
+        q, k, v = (part.view(batch, beam, *part.shape[1::2]) for part in self.attn.project(self.norm_attn(x), start=position))
         if own is not None:
-            k, v = torch.cat((own[0], k), dim=2), torch.cat((own[1], v), dim=2)
-        x = x + self.attn.out(join_heads(attend(q, k, v, bias=own_bias)))
-        # The hypotheses of an utterance stand where queries stand: (B, beam, D) against that utterance's one set of keys.
-        grouped = self.norm_cross(x).view(cross[0].shape[0], -1, x.shape[-1])
-        x = x + self.cross(grouped, *cross, bias=cross_bias(self.cross, grouped, cross[0])).view_as(x)
+            k, v = torch.cat((own[0], k), dim=1), torch.cat((own[1], v), dim=1)
+        found = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias=own_bias)
+        x = x + self.attn.out(join_heads(found)).view_as(x)
+        query = self.norm_cross(x).view(batch, beam, -1)
+        x = x + self.cross(query, *cross, bias=cross_bias(self.cross, query, cross[0])).view_as(x)
         return x + self.ff(self.norm_ff(x)), (k, v)
 
 
@@ -187,7 +146,7 @@ class Decoder(nn.Module):
         cross = tuple(cast(DecoderLayer, layer).cross.project(enc_out) for layer in self.layers)
         count = token_lens - 1 if self.causal else token_lens
         axis = self._start_axis(enc_lens, enc_out.shape[1], ctc_log_probs, beam=1, token_lens=count)
-        return self.score(tokens_in, token_lens, DecoderState(0, (), cross, bias, axis))
+        return self.score(tokens_in, token_lens, DecoderState(0, cross, bias, axis))
 
     def score(self, tokens_in: Tensor, token_lens: Tensor, state: DecoderState) -> Tensor:
         """Logits of all positions, as `forward`, against the encoder's output that `state` of `start` (beam 1) holds."""
@@ -226,7 +185,8 @@ class Decoder(nn.Module):
         bias = padding_bias(length_mask(enc_lens, enc_out.shape[1]), dtype=compute_dtype(enc_out))
         cross = tuple(cast(DecoderLayer, layer).cross.project(enc_out) for layer in self.layers)
         axis = self._start_axis(enc_lens, enc_out.shape[1], ctc_log_probs, beam=beam, token_lens=None)
-        return DecoderState(0, (), cross, bias, axis)
+        tree = TokenTree.start(len(enc_out), beam, dtype=compute_dtype(enc_out), device=enc_out.device)
+        return DecoderState(0, cross, bias, axis, tree=tree)
 
     def _start_axis(
         self, enc_lens: Tensor, frames: int, ctc_log_probs: Tensor | None, *, beam: int, token_lens: Tensor | None
@@ -248,25 +208,38 @@ class Decoder(nn.Module):
         Returns:
             log-probabilities (N, V) float32 of the next token, and the new state.
         """
+        assert state.tree is not None
         x = self.position(self.embedding(tokens).unsqueeze(1), start=state.position)
-        own: list[KeyValue] = []
-        own_biases = self.attention_penalty.last_row(state.position + 1, x.device, compute_dtype(x))
+        tree = state.tree.grow(state.position)
+        own_biases = self._own_biases(state.position, tree)
         walk = CrossWalk(self.cross_penalty, tokens.unsqueeze(1), state.axis, state.cross_bias)
-        biases: list[CrossBias] = [partial(walk.bias, index) for index in range(len(self.layers))]
-        watch = _Watch(biases[-1])
+        cross_biases: list[CrossBias] = [partial(walk.bias, index) for index in range(len(self.layers))]
+        watch = _Watch(cross_biases[-1])
         if state.looked is not None:
-            biases[-1] = watch
+            cross_biases[-1] = watch
+        own: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             x, cache = cast(DecoderLayer, layer).step(
                 x,
                 state.own[index] if state.own else None,
                 state.cross[index],
+                position=state.position,
                 own_bias=own_biases[index],
-                cross_bias=biases[index],
+                cross_bias=cross_biases[index],
             )
             own.append(cache)
         log_probs = F.log_softmax(self.output(self.norm(x)).squeeze(1).float(), dim=-1)
-        return log_probs, replace(state, position=state.position + 1, own=tuple(own), axis=walk.state, looked=watch.weights)
+        new = replace(state, position=state.position + 1, own=tuple(own), tree=tree, axis=walk.state, looked=watch.weights)
+        return log_probs, new
+
+    def _own_biases(self, position: int, tree: TokenTree) -> list[Tensor]:
+        """For every layer the bias (B, 1 or H, beam, P) of the tokens in the tree, seen from `position`."""
+        biases: list[Tensor] = []
+        rows = self.attention_penalty.last_row(position + 1, tree.mask.device, tree.mask.dtype)
+        for index, row in enumerate(rows):
+            same = next((i for i in range(index) if rows[i] is row), None)
+            biases.append(tree.bias(row) if same is None else biases[same])
+        return biases
 
 
 class _Watch:

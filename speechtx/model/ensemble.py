@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from speechtx.config.errors import ConfigError
-from speechtx.model.decoder import Decoder, DecoderState
+from speechtx.model.decoder import Decoder
+from speechtx.model.decoder_state import DecoderState
 from speechtx.model.recognizer import Recognizer
 
 

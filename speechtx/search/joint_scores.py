@@ -12,7 +12,8 @@ from torch import Tensor
 
 from speechtx.config.decode import DecodeConfig
 from speechtx.model.ctc_forward import CtcState
-from speechtx.model.decoder import Decoder, DecoderState
+from speechtx.model.decoder import Decoder
+from speechtx.model.decoder_state import DecoderState
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam_state import gather_slots
 from speechtx.search.ctc_prefix import CtcPrefixScorer

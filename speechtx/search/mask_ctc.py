@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speechtx.config.decode import DecodeConfig
-from speechtx.model.decoder import Decoder, DecoderState
+from speechtx.model.decoder import Decoder
+from speechtx.model.decoder_state import DecoderState
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.greedy import BestPath, best_path
 from speechtx.search.hypothesis import Hypothesis

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from speechtx.attention.kernels import attention_weights
 from speechtx.attention.multihead import split_heads
-from speechtx.config.penalty import CrossPenaltyConfig
+from speechtx.config.penalty import CrossPenaltyConfig, PenaltyConfig
 from speechtx.config.schema import DecoderConfig
 from speechtx.model.decoder import Decoder
 
@@ -94,7 +94,7 @@ def test_a_reordered_hypothesis_continues_its_own_past() -> None:
     tokens = torch.stack((first[rows], second[rows], third), 1)
     logits = decoder(tokens, torch.full((6,), 3), enc_out.repeat_interleave(3, 0), lens.repeat_interleave(3))
     torch.testing.assert_close(log_probs, logits[:, -1].log_softmax(-1), atol=1e-5, rtol=0)
-    assert state.position == 2 and after.position == 3 and state.own[0][0].shape[2] == 2  # the old state is untouched
+    assert state.position == 2 and after.position == 3 and state.own[0][0].shape[1] == 2 * 3  # the old state is untouched
 
 
 @torch.no_grad()
@@ -281,3 +281,49 @@ def test_an_axis_that_needs_ctc_says_so_when_it_is_not_given() -> None:
         if decoder.needs_ctc:
             with pytest.raises(ValueError, match=f"{cross} needs ctc_log_probs"):
                 decoder.start(enc_out, lens, beam=1)
+
+
+OWN = {
+    "free": {},
+    "rotary": {"position": "rotary"},
+    "penalty": {"penalty": PenaltyConfig(shape="linear", scale=0.5)},
+    "penalty of some heads, learned per layer": {
+        "position": "rotary",
+        "penalty": PenaltyConfig(shape="linear", scale=0.5, heads=(1,), learnable="head"),
+    },
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("beam", [1, 3])
+@torch.no_grad()
+def test_hypotheses_that_are_reordered_at_every_step_keep_their_own_pasts_and_no_others(own, beam):
+    """Long enough that tokens which no hypothesis has any more are dropped several times; one utterance leaves on the way."""
+    torch.manual_seed(0)
+    options = dict(OWN[own])
+    penalty = options.pop("penalty", None)
+    config = DecoderConfig(layers=2, heads=2, ff_dim=32, **options)
+    decoder = Decoder(config=config, dim=16, vocab_size=VOCAB, penalty=penalty).eval()
+    batch, length = 3, 40
+    enc_out, lens = torch.randn(batch, 9, 16), torch.tensor([9, 5, 7])
+    state = decoder.start(enc_out, lens, beam=beam)
+    past = torch.zeros(batch * beam, 0, dtype=torch.int64)
+    sizes = []
+    for position in range(length):
+        tokens = torch.randint(VOCAB, (batch * beam,))
+        past = torch.cat((past, tokens.unsqueeze(1)), dim=1)
+        log_probs, state = decoder.step(tokens, state)
+        if position % 3 == 0:
+            logits = decoder(
+                past, torch.full((len(past),), past.shape[1]), enc_out.repeat_interleave(beam, 0), lens.repeat_interleave(beam)
+            )
+            torch.testing.assert_close(log_probs, logits[:, -1].log_softmax(-1), atol=1e-5, rtol=0)
+        # the first two hypotheses have most descendants, and every utterance chooses otherwise
+        rows = torch.randint(min(2, beam), (batch, beam)) + beam * torch.arange(batch).unsqueeze(1)
+        state, past = state.select(rows.view(-1)), past[rows.view(-1)]
+        sizes.append(state.own[0][0].shape[1])
+        if position == 20:
+            remaining = torch.tensor([0, 2])
+            state, past = state.keep(remaining), past.view(batch, beam, -1)[remaining].flatten(0, 1)
+            enc_out, lens, batch = enc_out[remaining], lens[remaining], 2
+    assert max(sizes) <= 1.5 * (length + 8 * beam) and (beam == 1 or sizes != sorted(sizes))
