@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from speechtx.training.ema import Ema
 from speechtx.training.memory import naming_the_batch, recompute_layers
 from speechtx.training.monitor import Monitor
 from speechtx.training.optim import build_optimizer, learning_rate
+from speechtx.training.outcome import Outcome, Outcomes
 
 SUMS = ("total", "ctc", "att", "tokens", "correct")  # what is summed over the batches of an epoch
 
@@ -70,6 +72,7 @@ class Trainer:
         self.ema = Ema(self.model, decay=config.training.ema.decay) if config.training.ema else None
         self.precision = choose_precision(config.training.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == torch.float16)
+        self.outcomes = Outcomes(world.device)
         self.epoch = 1  # the epoch being trained
         self.index = 0  # steps done in it
         self.step = 0  # optimiser steps done in all
@@ -151,32 +154,37 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.train_config.grad_clip)
             self.step += 1
-            if bool(torch.isfinite(norm)):
-                for parameters in self.optimizer.param_groups:
-                    parameters["lr"] = lr
-                self.scaler.step(self.optimizer)
-                if self.ema is not None:
-                    self.ema.update(self.step)
-                self.sums += sums.cpu()
-            else:
-                self.skip_step(group)
+            for parameters in self.optimizer.param_groups:
+                parameters["lr"] = lr
+            # The fused kernel skips the step by itself, on the device, where the gradient is not finite.
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
+            if self.ema is not None:
+                self.ema.update(self.step)
+        for outcome in self.outcomes.send(self.step, group, norm, sums):
+            self.book(outcome)
 
-    def skip_step(self, group: list[list[int]]) -> None:
-        """A step whose gradient is NaN or infinite changes nothing; it is counted, named, and fatal past the limit."""
-        ids = [self.train_corpus.utterances[i].id for batch in group for i in batch]
-        if self.scaler.is_enabled() and self.scaler.get_scale() > 1.0:
-            self.scaler.step(self.optimizer)  # float16 overflow: the scaler skips the step itself and lowers its scale
+    def book(self, outcome: Outcome) -> None:
+        """Adds a step to the epoch's sums.
+
+        One whose gradient was NaN or infinite changed nothing; it is counted, named, and fatal past the limit.
+        """
+        if math.isfinite(outcome.norm):
+            self.sums += outcome.sums
             return
+        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0:
+            return  # float16 overflow: the scaler has lowered its scale
+        ids = [self.train_corpus.utterances[i].id for batch in outcome.group for i in batch]
         self.nonfinite += 1
         named = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
         self.monitor.say(
-            f"warning: step {self.step}: gradient is not finite, step skipped ({self.nonfinite} so far); utterances {named}"
+            f"warning: step {outcome.step}: gradient is not finite, step skipped ({self.nonfinite} so far); utterances {named}"
         )
         if self.nonfinite > self.train_config.max_nonfinite_steps:
             raise TrainingError(
-                f"step {self.step}: {self.nonfinite} steps had a non-finite gradient, more than training.max_nonfinite_steps "
+                f"step {outcome.step}: {self.nonfinite} steps had a non-finite gradient, more than training.max_nonfinite_steps "
                 f"{self.train_config.max_nonfinite_steps}; last utterances: {named}. Lower training.optimizer.lr, or look at them"
             )
 
@@ -202,6 +210,8 @@ class Trainer:
 
     def finish_epoch(self, dev: dict[str, float]) -> None:
         """Books the epoch, keeps its weights if stage 5 may want them, and saves a checkpoint behind it."""
+        for outcome in self.outcomes.flush():
+            self.book(outcome)
         frames = sum(u.num_frames for u in self.train_corpus.utterances)
         seconds = self.seconds - sum(e["seconds"] for e in self.history)
         entry = {
@@ -304,6 +314,8 @@ class Trainer:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def save(self) -> None:
+        for outcome in self.outcomes.flush():
+            self.book(outcome)
         if self.world.is_main:
             save_checkpoint(self.exp / "checkpoints", self.state)
         self.world.barrier()
