@@ -18,8 +18,8 @@ from speechtx.search.scorers import Scorers, load_scorers
 from speechtx.text.tokenizer import Tokenizer, train_tokenizer
 
 VOCAB, END = 7, 6
-PHRASES = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=5), min_size=1, max_size=5)
-TOKENS = st.lists(st.integers(1, 4), max_size=14)
+PHRASES = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=5), min_size=1, max_size=4)  # of one kind, so they overlap
+TOKENS = st.lists(st.sampled_from([1, 1, 2, 2, 3]), max_size=14)
 
 
 def rewarded_tokens(phrases: Sequence[Sequence[int]], tokens: Sequence[int]) -> int:
@@ -79,6 +79,8 @@ def test_a_phrase_is_rewarded_while_it_is_spelled_and_loses_it_where_it_breaks_o
     assert walk(hot, [1]) == [1, 0], "taken back at the end"
     assert walk(hot, [1, 1, 2]) == [1, 1, 2, 2], "a new start where the first one breaks off"
     assert walk(hot, [4, 5]) == [0, 0, 0]
+    overlapping = HotWords([[1, 1, 3], [1, 2, 1]], bonus=1.0, vocab_size=VOCAB)
+    assert walk(overlapping, [1, 1, 2, 1]) == [1, 2, 2, 3, 3], "the rest of a broken path begins another phrase"
 
 
 @pytest.mark.parametrize("phrase", [[], [0], [END], [1, VOCAB]])
