@@ -20,6 +20,7 @@ _DONE_BY: dict[str, tuple[Method, ...]] = {
     "min_len_ratio": ("beam",),
     "coverage_weight": ("beam",),
     "max_repeats": ("beam",),
+    "end_detection": ("beam",),
 }
 
 
@@ -42,11 +43,11 @@ class DecodeConfig(Section):
     length_normalization: Fraction = 0.0  # finished hypotheses are ranked by score / (tokens + 1) ** this; 1.0: mean per token
     min_len_ratio: NonNegativeFloat = 0.0  # no end of sentence before this many tokens per encoder frame
     max_len_ratio: PositiveFloat = 1.0  # hypotheses hold at most this many tokens per encoder frame
-    # exact: until no live hypothesis can win; recent: until the last three lengths ended far below the best (Watanabe 2017)
+    # exact: until no live hypothesis can win; recent: until three lengths in a row are far below the best (Watanabe et al. 2017)
     end_detection: Literal["exact", "recent"] = "exact"
     coverage_weight: NonNegativeFloat = 0.0  # per encoder frame that the decoder attended to (Chorowski & Jaitly 2017)
     coverage_threshold: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.5  # summed attention from which a frame counts
-    max_repeats: NonNegative = 0  # no run of tokens may stand more than this many times in a row; 0: no such limit
+    max_repeats: NonNegative = 0  # times that any run of tokens may stand in a row; 0: no limit
     hot_words: Annotated[tuple[str, ...], Field(strict=False)] = ()  # words and phrases to prefer
     hot_word_bonus: NonNegativeFloat = 1.0  # per token of a hot word
     mask_threshold: Fraction = 0.99  # tokens that CTC is less sure of are masked and predicted anew
@@ -59,6 +60,8 @@ class DecodeConfig(Section):
             raise ValueError(f"nbest {self.nbest} exceeds beam {self.beam}")
         if self.min_len_ratio > self.max_len_ratio:
             raise ValueError(f"min_len_ratio {self.min_len_ratio} exceeds max_len_ratio {self.max_len_ratio}")
+        if self.coverage_weight and self.ctc_weight == 1.0:
+            raise ValueError("coverage_weight counts frames that the decoder attended to; ctc_weight 1.0 leaves the decoder out")
         for key, methods in _DONE_BY.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.method not in methods:
                 raise ValueError(f"method {self.method} has no {key}; method {' and '.join(methods)} have it")

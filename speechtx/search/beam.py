@@ -114,18 +114,17 @@ class _BeamSearch:
 
     def step(self) -> None:
         """Extends all live hypotheses by one token or by the end of the sentence."""
-        total = self.scores.extend(self.last, self.active.parts)  # (B, beam, V)
+        total = self.scores.extend(self.last, self.active.parts, self.active.score == -torch.inf)  # (B, beam, V)
         self._forbid(total)
         vocab = total.shape[2]
         score, flat = total.view(self.batch, -1).topk(self.beam, dim=1)
         slots, labels = flat // vocab, flat % vocab
         tokens = torch.cat([gather_slots(self.active.tokens, slots), labels.unsqueeze(2)], dim=2)
-        new = Beam(
-            score, self.scores.parts_of(self.active.parts, slots, labels), tokens, torch.full_like(labels, self.length + 1)
-        )
+        new = Beam(score, self.scores.parts_of(slots, labels), tokens, torch.full_like(labels, self.length + 1))
         ended = labels == self.end_id
-        self._finish(new, ended)
-        new.score = score.masked_fill(ended, -torch.inf)
+        if ended.any() or self.config.end_detection == "recent":
+            self._finish(new, ended)
+            new.score = score.masked_fill(ended, -torch.inf)
         self.active = new
         self.last = labels.view(-1)
         rows = (self.offsets + slots).view(-1)
@@ -140,7 +139,6 @@ class _BeamSearch:
         if config.length_bonus:
             total += config.length_bonus * (self.length + 1)
             total[:, :, self.end_id] -= config.length_bonus  # the end is no token
-        total.masked_fill_((self.active.score == -torch.inf).unsqueeze(2) | total.isnan(), -torch.inf)
         total[:, :, self.blank_id] = -torch.inf
         if self.length < self.last_at_minimum:
             total[:, :, self.end_id].masked_fill_((self.length < self.min_len).unsqueeze(1), -torch.inf)
@@ -176,14 +174,14 @@ class _BeamSearch:
         config = self.config
         reachable = self.active.score
         remaining = (self.max_len - self.length).clamp(min=0).unsqueeze(1)
-        if config.length_bonus > 0:
-            reachable = reachable + config.length_bonus * remaining
+        bonus = config.length_bonus
+        if "hot_words" in self.scores.names:
+            bonus += config.hot_word_bonus  # at most, of each token
+        if bonus > 0:
+            reachable = reachable + bonus * remaining
         if "coverage" in self.scores.names:
             covered = self.active.parts[:, :, self.scores.names.index("coverage")]
             reachable = reachable + config.coverage_weight * (self.frames.unsqueeze(1) - covered)
-        if "hot_words" in self.scores.names:
-            rewarded = self.active.parts[:, :, self.scores.names.index("hot_words")]
-            reachable = reachable + (config.hot_word_bonus * self.max_len.unsqueeze(1) - rewarded)
         if config.length_normalization:
             # A sum below 0 gains by being divided by more, one above 0 by being divided by less.
             longest = (self.length + 1 + remaining) ** config.length_normalization

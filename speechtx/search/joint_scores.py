@@ -59,20 +59,24 @@ class JointScores:
         self._states: list[Any] = [scorer.scorer.start(self.batch * self.beam) for scorer in scorers]
         weights |= {scorer.name: scorer.weight for scorer in scorers}
         self.names = tuple(weights)
-        self.weights = torch.tensor(list(weights.values()), dtype=torch.float64, device=enc_out.device)
+        self._weights = tuple(weights.values())
+        self.weights = torch.tensor(self._weights, dtype=torch.float64, device=enc_out.device)
         sums = [name not in ("ctc", "coverage") for name in weights]  # the others say what the whole hypothesis has
         self._sums = torch.tensor(sums, device=enc_out.device)
-        self._new: list[Tensor] = []
+        self._kept = torch.zeros(0)  # (B, beam, P) what of the parts stays whatever follows
+        self._new: list[Tensor] = []  # (B, beam, V or 1) each, what of them comes with each token
 
-    def extend(self, last: Tensor, so_far: Tensor) -> Tensor:
+    def extend(self, last: Tensor, so_far: Tensor, dead: Tensor) -> Tensor:
         """Scores all extensions.
 
         Args:
             last: (N,) the tokens that the hypotheses took last.
             so_far: (B, beam, P) the parts of their scores.
+            dead: (B, beam) slots without a hypothesis.
 
         Returns:
-            (B, beam, V) float64, the weighted sum of all parts for each token; the last column for the end of the sentence.
+            (B, beam, V) float64, the weighted sum of all parts for each token; the last column for the end of the sentence. -inf
+            for the dead, and instead of NaN.
         """
         new: dict[str, Tensor] = {}
         if self._decoder is not None:
@@ -81,7 +85,7 @@ class JointScores:
             if self._covered is not None:
                 assert self._decoder_state.looked is not None
                 self._covered = self._covered + self._decoder_state.looked
-                new["coverage"] = (self._covered > self._threshold).sum(dim=1, keepdim=True).expand_as(new["att"])
+                new["coverage"] = (self._covered > self._threshold).sum(dim=1)
         if self._ctc is not None:
             assert self._ctc_state is not None
             new["ctc"], log_end = self._ctc.score(self._ctc_state)
@@ -89,19 +93,17 @@ class JointScores:
         for i, (name, _, scorer) in enumerate(self._scorers):
             new[name], self._states[i] = scorer.step(last, self._states[i])
         self._new = [new[name].view(self.batch, self.beam, -1) for name in self.names]
-        total = (self._kept(so_far) @ self.weights).unsqueeze(2)
-        for weight, scores in zip(self.weights.tolist(), self._new, strict=True):
+        self._kept = torch.where(self._sums, so_far, 0.0)
+        total = (self._kept @ self.weights).masked_fill_(dead, -torch.inf).unsqueeze(2)
+        for weight, scores in zip(self._weights, self._new, strict=True):
             total = total.add(scores, alpha=weight)
-        return total
+        return total.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
-    def parts_of(self, so_far: Tensor, slots: Tensor, labels: Tensor) -> Tensor:
+    def parts_of(self, slots: Tensor, labels: Tensor) -> Tensor:
         """The parts (B, beam, P) of extensions that `extend` has just scored: labels (B, beam) of the hypotheses in `slots`."""
-        flat = slots * self._new[0].shape[2] + labels
-        new = torch.stack([scores.reshape(self.batch, -1).gather(1, flat).double() for scores in self._new], dim=2)
-        return gather_slots(self._kept(so_far), slots) + new
-
-    def _kept(self, so_far: Tensor) -> Tensor:
-        return torch.where(self._sums, so_far, 0.0)
+        row = torch.arange(self.batch, device=slots.device).unsqueeze(1)
+        new = [scores[row, slots, labels if scores.shape[2] > 1 else 0] for scores in self._new]
+        return gather_slots(self._kept, slots) + torch.stack([part.double() for part in new], dim=2)
 
     def follow(self, rows: Tensor, labels: Tensor) -> None:
         """Makes row i of all states the hypothesis `rows[i]` after it took `labels[i]`."""
