@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.model.ngram import NgramLM
@@ -79,8 +80,8 @@ class LexiconLM(nn.Module):
     target: Tensor  # (arcs,) node
     word: Tensor  # (nodes + 1,) number in `words` of the word that ends in a node, -1 where none does
     ending: Tensor  # (nodes + 1,) column of S(h, .) that holds P(that word | h)
-    column: Tensor  # (pairs,) and
-    member: Tensor  # (pairs,): S(h, column) is the sum of P(member | h)
+    member: Tensor  # (pairs,) S(h, column) is the sum of P(member | h) over member[begin[column]] .. member[begin[column + 1]]
+    begin: Tensor  # (columns,)
     slot: Tensor  # (contexts,) row of `look` that holds S(h, .), -1 if it was not asked for yet
     look: Tensor  # (slots, columns) log S(h, .) of nodes, of the ends of words, and of the sentence's end
 
@@ -105,19 +106,22 @@ class LexiconLM(nn.Module):
         word, ending = np.full(nodes + 1, -1), np.full(nodes + 1, ends)
         for i, (node, number) in enumerate(tree.word.items()):
             word[node], ending[node] = number, nodes + i
-        pairs = [
-            *tree.members,
-            *((int(ending[node]), number) for node, number in tree.word.items()),
-            (ends, words.vocab_size - 1),
-        ]
+        pairs = np.array(
+            [
+                *tree.members,
+                *((int(ending[node]), number) for node, number in tree.word.items()),
+                (ends, words.vocab_size - 1),
+            ]
+        )
+        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
         for name, array in (
             ("first", np.searchsorted(key // self.vocab_size, np.arange(nodes + 2))),
             ("key", key),
             ("target", target),
             ("word", word),
             ("ending", ending),
-            ("column", [column for column, _ in pairs]),
-            ("member", [member for _, member in pairs]),
+            ("member", pairs[:, 1]),
+            ("begin", np.searchsorted(pairs[:, 0], np.arange(ends + 1))),
             ("slot", np.full(len(words.backoff), -1)),
         ):
             self.register_buffer(name, torch.as_tensor(array, dtype=torch.int64), persistent=False)
@@ -181,7 +185,9 @@ class LexiconLM(nn.Module):
         done = torch.where(at_start, 0.0, self.look[here, self.ending[node]] - mass)  # log of the share of the word that ends
         row = (at_start | (self.word[node] >= 0)).nonzero().squeeze(1)
         roots = int(self.first[1])  # arcs 0 .. roots - 1 leave the root
-        scores[row.unsqueeze(1), self.key[:roots]] = done[row].unsqueeze(1) + self.look[there[row]][:, self.target[:roots]]
+        scores[row.unsqueeze(1), self.key[:roots]] = (
+            done[row].unsqueeze(1) + self.look[there[row].unsqueeze(1), self.target[:roots]]
+        )
         scores[row, -1] = done[row] + self.look[there[row], self.end_column]
         return scores
 
@@ -223,9 +229,8 @@ class LexiconLM(nn.Module):
     def _look_ahead(self, histories: Tensor) -> Tensor:
         """log S(h, .) (K, columns) of contexts (K,)."""
         prob = self.words.scores(histories).double().exp().T.contiguous()  # (words, K)
-        total = prob.new_zeros(self.look.shape[1], len(histories))
-        total.index_add_(0, self.column, prob[self.member])
-        return total.clamp_(min=_TINY).log().T.float()
+        total = F.embedding_bag(self.member, prob, self.begin, mode="sum")  # (columns, K)
+        return total.clamp_(min=_TINY).log_().float().T
 
 
 class _Tree:
