@@ -21,7 +21,7 @@ from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import subsampled_length
 from speechtx.search.decode import decode_encoded
 from speechtx.search.hypothesis import Hypothesis
-from speechtx.search.memory import bounded_memory, is_out_of_memory
+from speechtx.search.memory import bounded_memory, is_out_of_memory, what_was_asked
 from speechtx.search.parts import Decoded
 from speechtx.search.scorers import Scorers
 
@@ -62,10 +62,12 @@ class BatchDecoder:
         An utterance that cannot be decoded is logged and gets an empty n-best list with the cause. If memory runs out, the
         utterances of the batch are decoded one by one, and only those that still do not fit fail.
         """
-        lengths = [utterance.num_frames for utterance in utterances]
-        budget = max([self.configs[0].frames_per_batch, *lengths])
-        for indices in make_batches(lengths, frames_per_batch=budget, max_utts=_MAX_UTTS):
-            yield self._batch([utterances[i] for i in indices])
+        budget = self.configs[0].frames_per_batch
+        for utterance in (u for u in utterances if u.num_frames > budget):
+            yield self._batch([utterance])
+        others = [u for u in utterances if u.num_frames <= budget]
+        for indices in make_batches([u.num_frames for u in others], frames_per_batch=budget, max_utts=_MAX_UTTS):
+            yield self._batch([others[i] for i in indices])
 
     def _batch(self, utterances: Sequence[Utterance]) -> list[list[Decoded]]:
         start = time.perf_counter()
@@ -111,7 +113,7 @@ class BatchDecoder:
         except (MemoryError, RuntimeError) as err:
             if not is_out_of_memory(err):
                 raise
-            cause = str(err).splitlines()[0]
+            cause = what_was_asked(err)
         gc.collect()  # outside of `except`, so that nothing holds the failed attempt's tensors any more
         if self.device != "cpu":
             torch.cuda.empty_cache()
@@ -119,7 +121,7 @@ class BatchDecoder:
             frames = utterances[0].num_frames
             seconds = frames * self.exp.fbank.frame_shift_ms / 1000
             errors[utterances[0].id] = (
-                f"{frames} frames ({seconds:.0f} s) do not fit into memory: cut it into segments, or use fewer jobs ({cause})"
+                f"{frames} frames ({seconds:.0f} s) do not fit into memory{cause}: cut it into segments, or use fewer jobs"
             )
             return {}
         log.warning("memory ran out on %d utterances; they are decoded one by one", len(utterances))

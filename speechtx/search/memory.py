@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 
 _SHARE = 0.9  # of what is free now; the rest is for what other processes still ask for
-
-log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -41,6 +39,15 @@ def is_out_of_memory(err: BaseException) -> bool:
         return True
     text = str(err)
     return isinstance(err, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
+def what_was_asked(err: BaseException) -> str:
+    """` (31.4 GiB at once)` if the error tells it, else nothing."""
+    if match := re.search(r"[Tt]ried to allocate (\d+) bytes", str(err)):
+        return f" ({int(match[1]) / 2**30:.1f} GiB at once)"
+    if match := re.search(r"[Tt]ried to allocate ([\d.]+ [KMG]iB)", str(err)):
+        return f" ({match[1]} at once)"
+    return ""
 
 
 def _available_bytes() -> int | None:
