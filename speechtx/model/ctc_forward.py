@@ -32,18 +32,21 @@ class CtcState:
     """Forward variables of N prefixes.
 
     Attributes:
-        log_n: (N, S+1) float64, log n(t) for t = 0..S.
+        log_any: (N, S+1) float64, log (n(t) + b(t)) for t = 0..S.
         log_b: (N, S+1) float64, log b(t) for t = 0..S.
         last: (N,) the last label of each prefix, -1 for the empty prefix.
+        log_y: (N, S) log y(t, last), arbitrary for the empty prefix.
     """
 
-    log_n: Tensor
+    log_any: Tensor
     log_b: Tensor
     last: Tensor
+    log_y: Tensor
 
     def select(self, rows: Tensor) -> CtcState:
         """The state of these rows (N,)."""
-        return CtcState(log_n=self.log_n[rows], log_b=self.log_b[rows], last=self.last[rows])
+        parts = (self.log_any, self.log_b, self.last, self.log_y)
+        return CtcState(*(part.index_select(0, rows) for part in parts))
 
 
 class CtcForward:
@@ -61,26 +64,27 @@ class CtcForward:
         self.blank_id, self.beam = blank_id, beam
         self.valid = torch.arange(log_probs.shape[1], device=log_probs.device) < self.enc_lens.unsqueeze(1)  # (B, S)
         self._utt = torch.arange(len(log_probs), device=log_probs.device).repeat_interleave(beam)
+        # (B, V, S). Beyond the end only blank is possible, with probability 1: P(g) is n(S) + b(S) whatever the length.
+        self._log_y = log_probs.clamp(min=LOG_ZERO).transpose(1, 2).contiguous()
+        self._log_y.masked_fill_(~self.valid.unsqueeze(1), LOG_ZERO)
+        self._log_y[:, blank_id].masked_fill_(~self.valid, 0.0)
         self._cum_blank = _cumulative(self.labels(torch.full_like(self._utt, blank_id)))
 
     def labels(self, labels: Tensor) -> Tensor:
-        """(N, S) float64 log y(t, labels[i]) of each row's utterance.
-
-        Beyond the end only blank is possible, with probability 1: P(g) is then n(S) + b(S) whatever the length.
-        """
-        log_y = self.log_probs[self._utt, :, labels].to(torch.float64).clamp(min=LOG_ZERO)
-        beyond = torch.where(labels == self.blank_id, 0.0, LOG_ZERO).to(log_y.dtype).unsqueeze(1)
-        return torch.where(self.valid[self._utt], log_y, beyond)
+        """(N, S) float64 log y(t, labels[i]) of each row's utterance."""
+        return self._log_y[self._utt, labels].to(torch.float64)
 
     def start(self) -> CtcState:
         """The state of the empty prefix in every row: all frames so far were blank."""
         last = torch.full_like(self._utt, -1)
-        return CtcState(log_n=torch.full_like(self._cum_blank, -torch.inf), log_b=self._cum_blank, last=last)
+        return CtcState(log_any=self._cum_blank, log_b=self._cum_blank, last=last, log_y=self._cum_blank[:, 1:])
 
     def extend(self, state: CtcState, labels: Tensor) -> CtcState:
         """The state after every prefix took one label, (N,)."""
-        new_n = _solve(_phi(state, labels), _cumulative(self.labels(labels)))
-        return CtcState(log_n=new_n, log_b=_solve(new_n[:, :-1], self._cum_blank), last=labels)
+        log_y = self.labels(labels)
+        log_n = _solve(_phi(state, labels), _cumulative(log_y))
+        log_b = _solve(log_n[:, :-1], self._cum_blank)
+        return CtcState(log_any=torch.logaddexp(log_n, log_b), log_b=log_b, last=labels, log_y=log_y)
 
     def first_emission(self, state: CtcState, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Where each prefix, taking one label (N,), emits it for the first time.
@@ -108,8 +112,7 @@ class CtcForward:
 
 def _phi(state: CtcState, labels: Tensor) -> Tensor:
     """(N, S) log phi(t, labels[i])."""
-    either = torch.logaddexp(state.log_n, state.log_b)
-    return torch.where((state.last == labels).unsqueeze(1), state.log_b, either)[:, :-1]
+    return torch.where((state.last == labels).unsqueeze(1), state.log_b, state.log_any)[:, :-1]
 
 
 def _cumulative(log_y: Tensor) -> Tensor:

@@ -45,8 +45,7 @@ class CtcPrefixScorer:
         Returns:
             (N, V) float64 log psi(g c), -inf for blank, and (N,) float64 log P(g), the score if g ends here.
         """
-        before = torch.logaddexp(state.log_n, state.log_b)  # (N, S+1)
-        phi = before[:, :-1]
+        phi = state.log_any[:, :-1]
         # Scaled by the row's maximum: what float64 then loses is below e^-700 of the prefix's own probability.
         scale = phi.amax(dim=1, keepdim=True).clamp(min=-1.0e300)
         batch, frames, vocab = self._y.shape
@@ -54,11 +53,11 @@ class CtcPrefixScorer:
         log_psi = torch.bmm(mass, self._y).view(-1, vocab).log() + scale
         # A repeated label needs a blank in between.
         last = state.last.clamp(min=0).unsqueeze(1)
-        repeated = torch.logsumexp(state.log_b[:, :-1] + self._forward.labels(last.squeeze(1)), dim=1, keepdim=True)
+        repeated = torch.logsumexp(state.log_b[:, :-1] + state.log_y, dim=1, keepdim=True)
         is_empty = (state.last < 0).unsqueeze(1)
         log_psi.scatter_(1, last, torch.where(is_empty, log_psi.gather(1, last), repeated))
         log_psi[:, self._forward.blank_id] = -torch.inf
-        return log_psi, before[:, -1]
+        return log_psi, state.log_any[:, -1]
 
     def extend(self, state: CtcState, rows: Tensor, labels: Tensor) -> CtcState:
         """The state after prefix `rows[i]` took label `labels[i]`, for i in 0..N-1 (rows stay within their utterance)."""
