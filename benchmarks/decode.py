@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.out:  # after every part: a long run that is cut off leaves what it found
                 options.out.mkdir(parents=True, exist_ok=True)
                 write_text(options.out / "decode.md", report.text())
-                if report.curves:
+                if part == "growth":
                     draw_growth(report, options.out / "decode.png")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -31,18 +31,24 @@ class _Decoding:
         torch.set_num_threads(threads)
         self.case = Case.load(path)
         self.model: Recognizer = self.case.recognizer()
-        self.scorers = Scorers(lm=self._lm(), ngram=self._ngram())
         self.clock = time.process_time if threads == 1 else time.perf_counter
         self.encoded = cache(self.encode)
 
-    def _lm(self) -> LanguageModel:
+    @cached_property
+    def lm(self) -> LanguageModel:
         if self.case.lm is not None:
             return load_language_model(self.case.lm, tokens=self.case.pieces)
         torch.manual_seed(2)
         return TransformerLM(config=LM_SHAPE, vocab_size=len(self.case.pieces)).eval()
 
-    def _ngram(self) -> LanguageModel | None:
-        return None if self.case.ngram is None else load_language_model(self.case.ngram, tokens=self.case.pieces)
+    @cached_property
+    def ngram(self) -> LanguageModel:
+        assert self.case.ngram is not None
+        return load_language_model(self.case.ngram, tokens=self.case.pieces)
+
+    def scorers(self, config: DecodeConfig) -> Scorers:
+        """What has a weight, opened when it is first needed."""
+        return Scorers(lm=self.lm if config.lm_weight else None, ngram=self.ngram if config.ngram_weight else None)
 
     def encode(self, utt: int) -> tuple[Tensor, Tensor]:
         feats = self.case.feats[utt]
@@ -74,6 +80,7 @@ def search(utts: Sequence[int], config: dict[str, Any], encode: bool, forced: bo
     """
     decoding = _decoding[0]
     parsed = DecodeConfig.model_validate(config)
+    scorers = decoding.scorers(parsed)
     configs = [decoding.limited(parsed, utt) if forced else parsed for utt in utts]
     if not encode:
         for utt in utts:
@@ -82,7 +89,7 @@ def search(utts: Sequence[int], config: dict[str, Any], encode: bool, forced: bo
     start = decoding.clock()
     for utt, one in zip(utts, configs, strict=True):
         encoded = decoding.encode(utt) if encode else decoding.encoded(utt)
-        found.append(decode_encoded(decoding.model, *encoded, one, decoding.scorers))
+        found.append(decode_encoded(decoding.model, *encoded, one, scorers))
     seconds = decoding.clock() - start
     return {"seconds": seconds, "tokens": [nbest[0].tokens if nbest else [] for ((nbest),) in found]}
 
