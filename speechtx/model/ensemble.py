@@ -82,6 +82,16 @@ class EnsembleState:
         """See `DecoderState.keep`."""
         return EnsembleState(tuple(state.keep(utterances) for state in self.states))
 
+    def watched(self) -> EnsembleState:
+        """See `DecoderState.watched`."""
+        return EnsembleState(tuple(state.watched() for state in self.states))
+
+    @property
+    def looked(self) -> Tensor | None:
+        """(N, S) mean of the members' attention weights, see `DecoderState.looked`."""
+        parts = [state.looked for state in self.states if state.looked is not None]
+        return torch.stack(parts).mean(dim=0) if parts else None
+
 
 def _decoder_kind(model: Recognizer) -> str:
     return "none" if model.decoder is None else model.decoder.config.type

@@ -115,3 +115,11 @@ def test_the_mean_of_impossible_is_impossible_and_of_equal_is_the_same():
     assert torch.equal(log_mean_prob([x, x, x]), x)
     y = torch.tensor([-math.inf, -math.inf])
     assert torch.equal(log_mean_prob([y, torch.zeros(2)]), torch.full((2,), 0.5).log())
+
+
+def test_coverage_counts_the_frames_that_the_members_look_at_on_average(batch):
+    a, b = make_model(1), make_model(2)
+    config = DecodeConfig(beam=3, coverage_weight=0.5, coverage_threshold=0.1)
+    twice, alone, mixed = (decode_batch(model, *batch, config) for model in (Ensemble([a, a]), a, Ensemble([a, b])))
+    for (found,), (expected,), (both,) in zip(twice, alone, mixed, strict=True):
+        assert found.tokens == expected.tokens and found.coverage == expected.coverage and both.coverage is not None
