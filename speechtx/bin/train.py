@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="take N steps only, and write where their time goes to EXP/profile.md; the experiment stands where it stood",
+        help="take N steps only, and write where their time goes to EXP/profile.md; the experiment stands where it stood "
+        "(training.compile and gradient_checkpointing are off meanwhile)",
     )
     parser.add_argument(
         "--ngpu", type=int, default=0, metavar="N", help="0: CPU; N: that many GPUs, each with batches of its own (default: 0)"

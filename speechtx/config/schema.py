@@ -327,6 +327,7 @@ class TrainingConfig(Section):
     max_frames: Positive = 3000
     checkpoint_minutes: PositiveFloat = 5.0  # a resumable checkpoint at least this often, and at every epoch's end
     loader_workers: NonNegative = 1  # processes per rank that read and augment ahead; 0: none
+    compile: bool = False  # layers by torch.compile: minutes at the start, faster steps on a GPU
     gradient_checkpointing: bool = False  # layers are computed again in the backward pass: less memory, about a third more time
     average: AverageConfig = AverageConfig()
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from speechtx.config.atomic import replacing
 from speechtx.config.errors import TrainingError
@@ -66,21 +62,6 @@ def shape_of(batch: Batch) -> str:
     """A batch in a few words."""
     utterances, frames, _ = batch.feats.shape
     return f"{utterances} utterances padded to {frames} frames and {batch.tokens.shape[1]} tokens"
-
-
-def recompute_layers(layers: Iterable[nn.Module]) -> None:
-    """Gradient checkpointing (Chen et al. 2016): in training, layers keep their input only and run again in the backward pass.
-
-    Random draws are repeated exactly, so gradients stay the same to the bit.
-    """
-    for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer, layer.forward)
-
-
-def _recomputed(layer: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    if not (layer.training and torch.is_grad_enabled()):
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 @contextlib.contextmanager

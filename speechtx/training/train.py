@@ -58,6 +58,9 @@ def _train(
         monitor.say(f"model: {num_parameters:,} parameters on {device}{processes}")
         if world.is_main and not profile:
             prepare.describe_run(exp, device=device, num_parameters=num_parameters, seed=config.seed, processes=world.size)
+        if profile:  # modules can be timed only where they run one by one, and once
+            plain = config.training.model_copy(update={"compile": False, "gradient_checkpointing": False})
+            config = config.model_copy(update={"training": plain})
         trainer = Trainer(config=config, model=model, train=train_corpus, dev=dev_corpus, exp=exp, world=world, monitor=monitor)
         if profile:
             monitor.say(f"profile of {profile} steps:\n\n{profiling.profile(trainer, profile).markdown()}")

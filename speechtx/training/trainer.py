@@ -33,7 +33,8 @@ from speechtx.training.averaging import choose_epochs, epoch_path
 from speechtx.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from speechtx.training.distributed import World
 from speechtx.training.ema import Ema
-from speechtx.training.memory import naming_the_batch, recompute_layers
+from speechtx.training.layers import set_up_layers
+from speechtx.training.memory import naming_the_batch
 from speechtx.training.monitor import Monitor
 from speechtx.training.optim import build_optimizer, learning_rate
 from speechtx.training.outcome import Outcome, Outcomes
@@ -65,8 +66,7 @@ class Trainer:
         self.train_corpus = train
         self.dev_corpus = dev
         self.model = model.to(world.device)
-        if config.training.gradient_checkpointing:
-            recompute_layers([*model.encoder.layers, *(model.decoder.layers if model.decoder is not None else ())])
+        set_up_layers(self.model, config.training)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.training.optimizer, world.device)
         self.ema = Ema(self.model, decay=config.training.ema.decay) if config.training.ema else None

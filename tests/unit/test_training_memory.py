@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_corpus import make_training_data, tiny_config
 
-from speechtx.config.errors import ConfigError, TrainingError
+from speechtx.config.errors import TrainingError
 from speechtx.training import memory, worst_batch
 from speechtx.training.checkpoint import load_checkpoint
 from speechtx.training.prepare import TrainingData
@@ -97,34 +97,6 @@ def test_other_errors_of_a_step_stay_what_they_are(data: TrainingData, tmp_path:
     with pytest.raises(RuntimeError, match=r"^a bug$"):
         train(tiny_config(), data, tmp_path / "exp")
     assert not (tmp_path / "exp" / "oom_batch.pt").exists()
-
-
-def test_layers_that_are_computed_again_give_the_same_gradients_to_the_bit(data: TrainingData, tmp_path: Path) -> None:
-    states = []
-    for again in ("false", "true"):
-        exp = tmp_path / again
-        train(tiny_config("training.epochs=1", f"training.gradient_checkpointing={again}"), data, exp)
-        states.append(load_checkpoint(exp / "checkpoints")["model"])
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_layers_keep_only_their_inputs_when_they_are_computed_again() -> None:
-    def kept_bytes(again: bool) -> int:
-        torch.manual_seed(0)
-        layer = torch.nn.Sequential(torch.nn.Linear(8, 800), torch.nn.ReLU(), torch.nn.Linear(800, 8))
-        if again:
-            memory.recompute_layers([layer])
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.nbytes), x)[1], lambda x: x):
-            layer(torch.randn(100, 8, requires_grad=True))
-        return sum(sizes)
-
-    assert kept_bytes(again=True) < kept_bytes(again=False) / 10
-
-
-def test_statistics_over_the_batch_would_count_it_twice() -> None:
-    with pytest.raises(ConfigError, match="count each batch twice"):
-        tiny_config("model.encoder.norm=batch", "training.gradient_checkpointing=true")
 
 
 def test_the_peak_of_memory_sees_an_allocation_and_forgets_it_when_reset() -> None:
