@@ -240,11 +240,11 @@ def check_weights(searches: dict[Path, list[DecodeConfig]], lm_config: Path | No
     except SpeechtxError:
         return  # `check_language_models` tells
     for path, configs in searches.items():
-        for key, section in (("lm_weight", "transformer"), ("ngram_weight", "ngram")):
+        for key, sections in (("lm_weight", ("transformer",)), ("ngram_weight", ("ngram", "lexicon"))):
             weight = max(getattr(config, key) for config in configs)
-            if weight and getattr(made, section) is None:
-                where = f"{lm_config} has no section {section}" if lm_config else "there is no conf/lm.yaml"
-                advice = f"add a section {section} to conf/lm.yaml, or set {key} to 0 in {path}"
+            if weight and all(getattr(made, section) is None for section in sections):
+                where = f"{lm_config} has no section {' or '.join(sections)}" if lm_config else "there is no conf/lm.yaml"
+                advice = f"add a section {' or '.join(sections)} to conf/lm.yaml, or set {key} to 0 in {path}"
                 yield Finding("decoding", f"{locate(path, key)}: {key} {weight} needs a language model, but {where}", advice)
 
 

@@ -233,9 +233,10 @@ def test_a_weight_without_the_language_model_is_found_before_training(folder: Pa
     Path("lm.yaml").write_text("ngram: {order: 3}\n")
     status, out = run(capsys, *tune, "--lm-config", "lm.yaml")
     assert status == 1 and "lm.yaml has no section transformer" in out and "ngram_weight" not in out
-    Path("lm.yaml").write_text("ngram: {order: 3}\ntransformer: {layers: 1}\n")
-    status, out = run(capsys, *tune, "--lm-config", "lm.yaml")
-    assert status == 0, out
+    for ngram in ("ngram: {order: 3}", "lexicon: {order: 2}"):
+        Path("lm.yaml").write_text(f"{ngram}\ntransformer: {{layers: 1}}\n")
+        status, out = run(capsys, *tune, "--lm-config", "lm.yaml")
+        assert status == 0, out
 
 
 def test_a_wrong_grid_and_one_for_a_missing_decoder_are_problems(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
