@@ -10,7 +10,7 @@
 #   end_recipe                            # shows the scores and where they lie
 #
 # `begin_stage 3:ngram` is a step of stage 3 with a stamp of its own: it makes the language model that the section `ngram` of
-# $lm_config describes, and is not there without it. Another is `4:transformer`. `6:tune` chooses decoding weights on the
+# $lm_config describes, and is not there without it. Others are `3:lexicon` and `4:transformer`. `6:tune` chooses decoding weights on the
 # development set: conf/decode_NAME.yaml is tuned on the grid conf/tune_NAME.yaml, if there is one (conf/decode.yaml on conf/tune.yaml).
 #
 # Stages 6 and 7 run once for each decoding configuration: run.sh loops over $decodings, and $decoding is the one at hand.
@@ -78,7 +78,9 @@ start_recipe() {
   ((${#decodings[@]})) || decodings=(conf/decode*.yaml)
   lm_options=()
   ! grep -qs '^transformer:' "$lm_config" || lm_options+=(--lm "$lm/transformer")
-  ! grep -qs '^ngram:' "$lm_config" || lm_options+=(--ngram "$lm/ngram")
+  ngram_name=ngram
+  ! grep -qs '^lexicon:' "$lm_config" || ngram_name=lexicon # whole words take its place where they are asked for
+  ! grep -qs "^$ngram_name:" "$lm_config" || lm_options+=(--ngram "$lm/$ngram_name")
   overrides=()
   for override in "${set[@]}"; do overrides+=(--set "$override"); done
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --exp "$exp"
@@ -120,7 +122,7 @@ list_search_inputs() {
   stage_inputs+=(--after "$exp/.stamps/average.json" --in "$exp/model.pt")
   for file; do stage_inputs+=(--config "$file"); done
   ! grep -qs '^lm_weight:.*[1-9]' "$@" || stage_inputs+=(--after "$lm/.stamps/transformer.json")
-  ! grep -qs '^ngram_weight:.*[1-9]' "$@" || stage_inputs+=(--after "$lm/.stamps/ngram.json")
+  ! grep -qs '^ngram_weight:.*[1-9]' "$@" || stage_inputs+=(--after "$lm/.stamps/$ngram_name.json")
 }
 
 # Fills stage_inputs with what the stage or step $1 depends on, in the words of `speechtx stamp`.
@@ -152,9 +154,8 @@ list_inputs() {
       done
       stage_inputs+=(--out "$exp/config.yaml")
       ;;
-    ngram | transformer)
-      texts=$(speechtx lm texts --config "$lm_config" "$1") || exit
-      [[ -n $texts ]] || texts=data/${corpus_sets[0]}/text # without copies at other speeds: they hold no other words
+    ngram | lexicon | transformer) # of transcripts without copies at other speeds: they hold no other words
+      texts=$(speechtx lm texts --config "$lm_config" --train "data/${corpus_sets[0]}" "$1") || exit
       while read -r file; do stage_inputs+=(--in "$file"); done <<<"$texts"
       stage_inputs+=(--in "data/$dev_set/text" --in "$tokenizer/tokens.txt" --config "$lm_config:$1" --out "$lm/$1/perplexity.json")
       for name in epochs patience checkpoint_minutes max_nonfinite_steps; do
@@ -200,7 +201,7 @@ begin_stage() {
   stage_running="$number $name"
   case $name in
     data) stage_stamp=data/.stamps/data.json ;;
-    ngram | transformer) stage_stamp=$lm/.stamps/$name.json ;;
+    ngram | lexicon | transformer) stage_stamp=$lm/.stamps/$name.json ;;
     fbank) stage_stamp=data/.stamps/fbank${speeds:+_$speeds}.json ;;
     *) stage_stamp=$exp/.stamps/${name}$([[ $name =~ tune|decode|score ]] && echo "_$(basename "$decoding" .yaml)").json ;;
   esac

@@ -51,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="tokenizer of stage 3")
         sub.add_argument("out", type=Path, metavar="OUT", help="the model's directory")
     train.add_argument("--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU (default: 0)")
-    texts = command("texts", "print the texts that a section names, one a line (recipes' plumbing)", _texts)
+    texts = command("texts", "print the texts that a section takes, one a line (recipes' plumbing)", _texts)
     texts.add_argument("--config", type=Path, required=True, metavar="FILE", help="conf/lm.yaml")
+    texts.add_argument("--train", type=Path, action="append", default=[], metavar="DIR", help="printed if the section names none")
     texts.add_argument("section", choices=("ngram", "lexicon", "transformer"))
     measure = command("perplexity", "print the perplexity of texts, per token and per word", _perplexity)
     measure.add_argument("--tokenizer", type=Path, metavar="DIR", help="needed for a bare ARPA file; else the model's own")
@@ -110,7 +111,9 @@ def _train(args: argparse.Namespace) -> int:
 
 def _texts(args: argparse.Namespace) -> int:
     config = getattr(_config(args.config), args.section)
-    for text in config.text if config is not None else ():
+    if config is None:
+        return 0
+    for text in (*(config.text or args.train), *getattr(config, "words", ())):
         print(Path(text, "text") if Path(text).is_dir() else text)
     return 0
 

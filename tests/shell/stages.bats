@@ -242,6 +242,24 @@ calls() {
   [[ $output == *'stage 3 ngram: up to date'*'stage 4 transformer: up to date'* ]]
 }
 
+@test "a section lexicon makes a model of whole words, whose word lists are watched, and which takes the place of the n-gram" {
+  finished
+  echo 'HELLO WORLD' >words.txt
+  printf 'ngram: {order: 3}\nlexicon: {order: 1, words: [words.txt]}\n' >conf/lm.yaml
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [[ $output == *'stage 3 lexicon: word n-gram and lexicon in exp/lm/train/lexicon'* ]]
+  grep -q 'lexicon data/train data/dev data/tokenizer/train exp/lm/train/lexicon' "$T/calls"
+  rm "$T/calls"
+  echo 'AGAIN' >>words.txt
+  run ./run.sh
+  [[ $output == *'stage 3 ngram: up to date'*'stage 3 lexicon: '*'changed: words.txt'* ]]
+  rm "$T/calls"
+  echo 'ngram_weight: 0.3' >>conf/decode.yaml
+  ./run.sh
+  grep -q -- '--ngram exp/lm/train/lexicon' "$T/decode_arguments"
+}
+
 @test "a language model is made anew when it must be, continued when it can be, and made again when its text changes" {
   finished
   echo 'HELLO AGAIN' >more.txt

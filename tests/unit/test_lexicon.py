@@ -329,6 +329,19 @@ def test_the_command_line_makes_and_measures_it(chars: Made, tmp_path: Path, cap
     assert f"{stored['per_word']:.2f} a word" in capsys.readouterr().out
 
 
+def test_the_recipe_is_told_every_file_that_the_words_come_from(
+    chars: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lm.yaml").write_text("lexicon: {words: [more.txt]}\n")
+    arguments = ["lm", "texts", "--config", str(tmp_path / "lm.yaml"), "--train", str(chars.train)]
+    assert front.main([*arguments, "lexicon"]) == 0
+    assert capsys.readouterr().out == f"{chars.train}/text\nmore.txt\n"
+    (tmp_path / "lm.yaml").write_text("lexicon: {text: [a.txt]}\n")
+    assert front.main([*arguments, "lexicon"]) == 0
+    assert capsys.readouterr().out == "a.txt\n"
+    assert front.main([*arguments, "ngram"]) == 0 and not capsys.readouterr().out
+
+
 def test_a_file_of_further_words_that_is_not_there_is_named(chars: Made, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lexicon.words: .*none.txt: no such file"):
         chars.lexicon(1, words=(str(tmp_path / "none.txt"),))

@@ -64,6 +64,11 @@ if begin_stage 3:ngram "n-gram language model in $lm/ngram"; then
   end_stage
 fi
 
+if begin_stage 3:lexicon "word n-gram and lexicon in $lm/lexicon"; then
+  utils/steps/lm.sh --config "$lm_config" lexicon "data/${corpus_sets[0]}" "data/$dev_set" "$tokenizer" "$lm/lexicon"
+  end_stage
+fi
+
 if begin_stage 4 "training in $exp"; then
   if [[ $stage_state == changed ]]; then restart=true; fi # other data or another model: not to be continued
   utils/steps/train.sh --config "$train_config" "${overrides[@]}" --seed "$seed" --ngpu "$ngpu" --restart=$restart \
