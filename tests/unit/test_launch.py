@@ -1,0 +1,76 @@
+"""Several processes of one job: they find each other, end together, and the error that is shown is the one that matters."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechtx.config.errors import TrainingError
+from speechtx.training import launch as launch_module
+from speechtx.training.distributed import World
+from speechtx.training.launch import launch
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", f"import os, sys, time\nrank = int(os.environ['RANK'])\n{code}"]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_module, "GRACE_SECONDS", 0.5)
+
+
+def test_processes_get_what_they_need_to_find_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
+    code = f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(os.environ[n] for n in {names}))"
+    launch(python(code), processes=3, log_dir=tmp_path / "log")
+    found = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
+    assert [row[:4] for row in found] == [[str(rank), str(rank), "3", "127.0.0.1"] for rank in range(3)]
+    assert len({row[4] for row in found}) == 1 and all(int(row[5]) >= 1 for row in found)
+
+
+def test_one_that_fails_ends_the_others_and_its_last_lines_are_shown(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        TrainingError, match=r"process 1 of 2 ended with exit status 7, and the others(.|\n)*train\.1\.log:\n  last words"
+    ):
+        launch(python("if rank == 0: time.sleep(60)\nprint('last words'); sys.exit(7)"), processes=2, log_dir=tmp_path)
+    assert time.monotonic() - started < 30
+
+
+def test_one_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"process 0 of 2 ended with signal SIGKILL \(out of memory\?\)"):
+        launch(python("os.kill(os.getpid(), 9) if rank == 0 else time.sleep(60)"), processes=2, log_dir=tmp_path)
+
+
+def test_an_error_that_one_explains_is_shown_instead_of_what_the_others_say_of_it(tmp_path: Path) -> None:
+    code = "sys.stderr.write('speechtx train: error: no disk\\n' if rank == 1 else 'Connection closed by peer\\n'); sys.exit(1)"
+    with pytest.raises(TrainingError, match=r"^no disk$"):
+        launch(python(code), processes=2, log_dir=tmp_path)
+
+
+def test_one_that_does_not_want_to_end_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen(r'{0}/ready', 'w') if rank == 0 else None\n".format(
+            tmp_path
+        )
+    )
+    code += f"while rank == 0: time.sleep(1)\nwhile not os.path.exists(r'{tmp_path}/ready'): time.sleep(0.05)\nsys.exit(3)"
+    with pytest.raises(TrainingError, match="exit status 3"):
+        launch(python(code), processes=2, log_dir=tmp_path / "log")
+
+
+def test_shares_of_a_step_are_complete_and_disjoint() -> None:
+    batches = [[0, 1, 2], [3], [4, 5]]
+
+    def shares(share_batches: bool) -> list[list[list[int]]]:
+        worlds = [World(rank=r, size=2, device=torch.device("cpu"), share_batches=share_batches) for r in (0, 1)]
+        return [world.share_of(batches) for world in worlds]
+
+    assert shares(False) == [[[0, 1, 2], [4, 5]], [[3]]]
+    assert shares(True) == [[[0, 2], [3], [4]], [[1], [5]]]
