@@ -55,12 +55,15 @@ def test_an_error_that_one_explains_is_shown_instead_of_what_the_others_say_of_i
 
 
 def test_one_that_does_not_want_to_end_is_killed(tmp_path: Path) -> None:
-    code = (
-        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen(r'{0}/ready', 'w') if rank == 0 else None\n".format(
-            tmp_path
-        )
-    )
-    code += f"while rank == 0: time.sleep(1)\nwhile not os.path.exists(r'{tmp_path}/ready'): time.sleep(0.05)\nsys.exit(3)"
+    ready = str(tmp_path / "ready")
+    code = f"""import signal
+if rank == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open({ready!r}, "w").close()
+    time.sleep(60)
+while not os.path.exists({ready!r}):
+    time.sleep(0.05)
+sys.exit(3)"""
     with pytest.raises(TrainingError, match="exit status 3"):
         launch(python(code), processes=2, log_dir=tmp_path / "log")
 
