@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import DataError
@@ -20,17 +21,22 @@ from speechtx.experiment.experiment import Experiment
 from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import subsampled_length
 from speechtx.search.decode import decode_encoded
-from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.memory import bounded_memory, is_out_of_memory, what_was_asked
 from speechtx.search.parts import Decoded
 from speechtx.search.scorers import Scorers
 
 _MAX_UTTS = 64  # utterances a batch; more gains nothing and costs memory in beam * vocabulary
 
-Found = tuple[list[Hypothesis], float]
-"""One utterance's n best, without text, and the seconds it took."""
-
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An utterance, its normalised features (T, F), and the seconds that reading them took."""
+
+    utterance: Utterance
+    feats: np.ndarray
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,97 +62,97 @@ class BatchDecoder:
         """The same with some of the configurations."""
         return replace(self, configs=[self.configs[i] for i in indices], scorers=[self.scorers[i] for i in indices])
 
-    def batches(self, utterances: Sequence[Utterance]) -> Iterator[list[list[Decoded]]]:
-        """Decodes utterances of similar length together; yields, for every batch, a list for each configuration.
+    def batches(self, utterances: Sequence[Utterance]) -> Iterator[tuple[int, list[Decoded]]]:
+        """Decodes utterances of similar length together; those longer than `frames_per_batch` alone.
 
-        An utterance that cannot be decoded is logged and gets an empty n-best list with the cause. If memory runs out, the
-        utterances of the batch are decoded one by one, and only those that still do not fit fail.
+        Yields what one configuration made of one batch as soon as it is known: the place of the configuration in `configs` and
+        the results. An utterance that cannot be decoded is logged and gets an empty n-best list with the cause. If memory runs
+        out, the utterances of the batch are decoded one by one, and only those that still do not fit fail.
         """
         budget = self.configs[0].frames_per_batch
         for utterance in (u for u in utterances if u.num_frames > budget):
-            yield self._batch([utterance])
+            yield from self._batch([utterance])
         others = [u for u in utterances if u.num_frames <= budget]
         for indices in make_batches([u.num_frames for u in others], frames_per_batch=budget, max_utts=_MAX_UTTS):
-            yield self._batch([others[i] for i in indices])
+            yield from self._batch([others[i] for i in indices])
 
-    def _batch(self, utterances: Sequence[Utterance]) -> list[list[Decoded]]:
-        start = time.perf_counter()
-        readable: list[Utterance] = []
-        feats: list[np.ndarray] = []
-        errors: dict[str, str] = {}
+    def _batch(self, utterances: Sequence[Utterance]) -> Iterator[tuple[int, list[Decoded]]]:
+        readable: list[_Read] = []
+        failed: list[Decoded] = []
         for utterance in utterances:
+            start = time.perf_counter()
             try:
-                feats.append(self._features(utterance))
-                readable.append(utterance)
+                feats = self._features(utterance)
+                readable.append(_Read(utterance, feats, time.perf_counter() - start))
             except DataError as err:
-                errors[utterance.id] = str(err)
-        reading = time.perf_counter() - start
-        found = self._search_or_split(readable, feats, errors) if readable else {}
-        for utt, error in errors.items():
-            log.warning("%s: not decoded, its hypothesis is empty: %s", utt, error)
-        frames = sum(utterance.num_frames for utterance in utterances) or 1
-        return [
-            [self._decoded(u, found.get(u.id), index, errors, reading * u.num_frames / frames) for u in utterances]
-            for index in range(len(self.configs))
-        ]
+                failed.append(self._failed(utterance, str(err), time.perf_counter() - start))
+        indices = range(len(self.configs))
+        if readable:
+            yield from self._search_or_split(readable, indices)
+        if failed:
+            yield from ((index, failed) for index in indices)
 
-    def _decoded(
-        self, utterance: Utterance, found: list[Found] | None, index: int, errors: dict[str, str], reading: float
-    ) -> Decoded:
-        """The result of one utterance with one configuration."""
-        audio = utterance.num_frames * self.exp.fbank.frame_shift_ms / 1000
-        if found is None:
-            return Decoded(utterance.id, [], audio, reading, errors[utterance.id])
-        nbest = [hypothesis.with_text(self.exp.tokenizer.decode) for hypothesis in found[index][0]]
-        error = None if nbest else "the model's output is not finite"
-        if error:
-            log.warning("%s: not decoded, its hypothesis is empty: %s", utterance.id, error)
-        return Decoded(utterance.id, nbest, audio, reading + found[index][1], error)
-
-    def _search_or_split(
-        self, utterances: Sequence[Utterance], feats: Sequence[np.ndarray], errors: dict[str, str]
-    ) -> dict[str, list[Found]]:
-        """What each configuration found for each utterance; those for which there is no memory go to `errors`."""
+    def _search_or_split(self, batch: Sequence[_Read], indices: Sequence[int]) -> Iterator[tuple[int, list[Decoded]]]:
+        """Encodes a batch and searches it with each of the configurations; without memory for it, utterance by utterance."""
+        done = 0
         try:
-            with bounded_memory(self.device):
-                return self._search(utterances, feats)
+            for found in self._encode_and_search(batch, indices):
+                yield found
+                done += 1
+            return
         except (MemoryError, RuntimeError) as err:
             if not is_out_of_memory(err):
                 raise
-            cause = what_was_asked(err)
+            asked = what_was_asked(err)
         gc.collect()  # outside of `except`, so that nothing holds the failed attempt's tensors any more
         if self.device != "cpu":
             torch.cuda.empty_cache()
-        if len(utterances) == 1:
-            frames = utterances[0].num_frames
-            seconds = frames * self.exp.fbank.frame_shift_ms / 1000
-            errors[utterances[0].id] = (
-                f"{frames} frames ({seconds:.0f} s) do not fit into memory{cause}: cut it into segments, or use fewer jobs"
-            )
-            return {}
-        log.warning("memory ran out on %d utterances; they are decoded one by one", len(utterances))
-        found: dict[str, list[Found]] = {}
-        for utterance, matrix in zip(utterances, feats, strict=True):
-            found |= self._search_or_split([utterance], [matrix], errors)
-        return found
+        if len(batch) > 1:
+            log.warning("memory ran out on %d utterances%s; they are decoded one by one", len(batch), asked)
+            for one in batch:
+                yield from self._search_or_split([one], indices[done:])
+            return
+        utterance = batch[0].utterance
+        length = f"{utterance.num_frames} frames ({self._seconds(utterance):.0f} s)"
+        error = f"{length} do not fit into memory{asked}: cut it into segments, or use fewer jobs"
+        result = self._failed(utterance, error, batch[0].seconds)
+        yield from ((index, [result]) for index in indices[done:])
 
-    def _search(self, utterances: Sequence[Utterance], feats: Sequence[np.ndarray]) -> dict[str, list[Found]]:
-        ids = [utterance.id for utterance in utterances]
-        shares = np.array([utterance.num_frames for utterance in utterances], dtype=np.float64)
-        shares /= shares.sum()
+    def _encode_and_search(self, batch: Sequence[_Read], indices: Sequence[int]) -> Iterator[tuple[int, list[Decoded]]]:
+        enc_out, enc_lens, encoding = self._encode(batch)
+        for index in indices:
+            yield index, self._search(batch, enc_out, enc_lens, index, encoding)
+
+    def _encode(self, batch: Sequence[_Read]) -> tuple[Tensor, Tensor, float]:
+        """The encoder's output, its lengths, and the seconds it took."""
         start = time.perf_counter()
-        batch = collate(ids, feats, [[] for _ in ids])
-        with torch.inference_mode():
-            enc_out, enc_lens = self.model.encode(batch.feats.to(self.device), batch.feat_lens.to(self.device))
-            encoding = time.perf_counter() - start
-            found: dict[str, list[Found]] = {utt: [] for utt in ids}
-            for config, scorers in zip(self.configs, self.scorers, strict=True):
-                start = time.perf_counter()
-                nbests = decode_encoded(self.model, enc_out, enc_lens, config, scorers)
-                seconds = encoding + time.perf_counter() - start
-                for utt, nbest, share in zip(ids, nbests, shares.tolist(), strict=True):
-                    found[utt].append((nbest, seconds * share))
-        return found
+        with bounded_memory(self.device), torch.inference_mode():
+            padded = collate([read.utterance.id for read in batch], [read.feats for read in batch], [[] for _ in batch])
+            enc_out, enc_lens = self.model.encode(padded.feats.to(self.device), padded.feat_lens.to(self.device))
+        return enc_out, enc_lens, time.perf_counter() - start
+
+    def _search(self, batch: Sequence[_Read], enc_out: Tensor, enc_lens: Tensor, index: int, encoding: float) -> list[Decoded]:
+        """What one configuration finds; its share of the encoder's seconds is all of them, as if it were the only one."""
+        start = time.perf_counter()
+        with bounded_memory(self.device):
+            nbests = decode_encoded(self.model, enc_out, enc_lens, self.configs[index], self.scorers[index])
+        texts = [[hypothesis.with_text(self.exp.tokenizer.decode) for hypothesis in nbest] for nbest in nbests]
+        seconds = (encoding + time.perf_counter() - start) / sum(read.utterance.num_frames for read in batch)
+        results = []
+        for read, nbest in zip(batch, texts, strict=True):
+            utterance, took = read.utterance, read.seconds + seconds * read.utterance.num_frames
+            if nbest:
+                results.append(Decoded(utterance.id, nbest, self._seconds(utterance), took))
+            else:
+                results.append(self._failed(utterance, "the model's output is not finite", took))
+        return results
+
+    def _failed(self, utterance: Utterance, error: str, seconds: float) -> Decoded:
+        log.warning("%s: not decoded, its hypothesis is empty: %s", utterance.id, error)
+        return Decoded(utterance.id, [], self._seconds(utterance), seconds, error)
+
+    def _seconds(self, utterance: Utterance) -> float:
+        return utterance.num_frames * self.exp.fbank.frame_shift_ms / 1000
 
     def _features(self, utterance: Utterance) -> np.ndarray:
         if subsampled_length(utterance.num_frames, self.exp.config.model.encoder.subsampling.factor) < 1:

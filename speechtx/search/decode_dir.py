@@ -55,7 +55,7 @@ def decode_job(
         if todo:
             decoder = open_decoder(system, [config], data_dir, device)
             with Progress(name=f"job {job}", total=len(todo), path=part.path.with_suffix(".progress")) as progress:
-                for (batch,) in decoder.batches(todo):
+                for _, batch in decoder.batches(todo):
                     part.write(batch)
                     results += batch
                     progress.add(batch)

@@ -106,10 +106,9 @@ def _decode_missing(
     decoder: BatchDecoder, parts: Sequence[PartWriter], todo: dict[tuple[int, ...], list[Utterance]], progress: Progress
 ) -> None:
     for indices, utterances in todo.items():
-        for batches in decoder.only(indices).batches(utterances):
-            for index, batch in zip(indices, batches, strict=True):
-                parts[index].write(batch)
-                progress.add(batch)
+        for place, batch in decoder.only(indices).batches(utterances):
+            parts[indices[place]].write(batch)
+            progress.add(batch)
 
 
 def choose(*, data_dir: Path, points: Sequence[GridPoint], out_dir: Path, num_jobs: int, unit: str) -> list[Trial]:

@@ -103,13 +103,13 @@ def test_of_equally_good_points_the_smallest_values_win_in_the_order_of_the_file
 
 def test_audio_is_encoded_once_and_what_is_there_is_kept_when_the_grid_grows(exp, dev, ngram, conf, tmp_path, monkeypatch):
     encoded: list[int] = []
-    search = BatchDecoder._search
+    encode = BatchDecoder._encode
 
-    def counting(self, utterances, feats):
-        encoded.append(len(utterances) * 100 + len(self.configs))
-        return search(self, utterances, feats)
+    def counting(self, batch):
+        encoded.append(len(batch) * 100 + len(self.configs))
+        return encode(self, batch)
 
-    monkeypatch.setattr(BatchDecoder, "_search", counting)
+    monkeypatch.setattr(BatchDecoder, "_encode", counting)
     out = tmp_path / "tune"
     assert tune(exp, dev, ngram, conf, out) == 0
     assert sum(n // 100 for n in encoded) == 5 and {n % 100 for n in encoded} == {4}
