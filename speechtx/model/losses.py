@@ -23,7 +23,7 @@ class Losses:
         att: label-smoothed cross entropy in nats, detached; 0 without a decoder.
         num_tokens: int64, tokens plus one end of sentence per utterance, which a decoder of type mask_ctc is not asked for.
         num_correct: of num_tokens, how many the decoder's argmax gets right, given the right prefix or the right tokens that are
-            not hidden; int64, but float32 where training estimates it from those that were hidden; 0 without a decoder.
+            not hidden; int64, but float32 where training estimates it from those it hides; 0 without a decoder.
     """
 
     total: Tensor
@@ -139,9 +139,7 @@ def _valid(token_lens: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=token_lens.device) < token_lens.unsqueeze(1)
 
 
-def attention_loss(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def attention_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Summed label-smoothed cross entropy (Szegedy et al. 2016, section 7) and the number of right argmaxes.
 
     The smoothed target is (1 - e) on the right token plus e / V on every token, as in the paper and in PyTorch.
@@ -150,16 +148,11 @@ def attention_loss(
         logits: (B, U, V).
         targets: (B, U) int64, IGNORE where padded.
         label_smoothing: e.
-        weights: (B,) how many times an utterance counts; None: once.
 
     Returns:
-        the loss (float32 scalar), and an int64 scalar, float32 with weights.
+        the loss (float32 scalar) and an int64 scalar.
     """
-    classes, right = logits.flatten(0, 1).float(), logits.argmax(dim=-1) == targets
-    if weights is None:
-        loss = F.cross_entropy(classes, targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
-        return loss, right.sum()
-    losses = F.cross_entropy(
-        classes, targets.flatten(), ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing
-    ).view_as(targets)
-    return (losses.sum(dim=1) * weights).sum(), (right.sum(dim=1) * weights).sum()
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+    )
+    return loss, (logits.argmax(dim=-1) == targets).sum()

@@ -131,26 +131,24 @@ class Recognizer(nn.Module):
     def _fill_in(
         self, decoder: Decoder, tokens: Tensor, token_lens: Tensor, enc_out: Tensor, enc_lens: Tensor, log_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss and right answers of a decoder that is not causal, on hidden tokens.
+        """Loss and right answers of a decoder that is not causal, on hidden tokens (Higuchi et al. 2020, section 3.1).
 
-        Training hides some at random, which then count as many times as makes the sentence whole: the loss is, in expectation
-        over the draws, an upper bound of -log P(tokens | audio), as the mean over all orders of filling in (Uria et al., ICML
-        2014). Evaluation hides each token once.
+        Training hides some at random, and the share that is right stands for all tokens. Evaluation hides each token once.
         """
         if tokens.shape[1] == 0:
             tokens = F.pad(tokens, (0, 1))  # of nothing but empty transcripts, one column of padding
-        weights = None
         if self.training:
             passes: tuple[Tensor, ...] = (draw_hidden(token_lens, tokens.shape[1]),)
-            weights = token_lens / passes[0].sum(dim=1).clamp(min=1)
         else:
             passes = every_other(token_lens, tokens.shape[1])
         losses = []
         for hidden in passes:
             tokens_in, targets = hidden_targets(tokens, token_lens, hidden, blank_id=self.blank_id)
             logits = decoder(tokens_in, token_lens, enc_out, enc_lens, ctc_log_probs=log_probs)
-            losses.append(attention_loss(logits, targets, label_smoothing=self.config.label_smoothing, weights=weights))
+            losses.append(attention_loss(logits, targets, label_smoothing=self.config.label_smoothing))
         att, num_correct = (torch.stack(parts).sum() for parts in zip(*losses, strict=True))
+        if self.training:
+            num_correct = num_correct * (token_lens.sum() / passes[0].sum().clamp(min=1))
         return att, num_correct
 
 
