@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -122,7 +123,7 @@ def draw_growth(report: Report, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    words = shlex.join(sys.argv[1:] if arguments is None else arguments)
     report = Report(
         header=[f"`python -m benchmarks.decode {words}`".replace(" `", "`"), machine(1)],
         title="How fast decoding is",
