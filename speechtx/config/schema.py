@@ -311,7 +311,7 @@ class EmaConfig(Section):
 
 class TrainingConfig(Section):
     epochs: Positive = 100
-    frames_per_batch: Positive = 16000  # feature frames including padding, per process and forward pass
+    frames_per_batch: Positive = 16000  # feature frames with padding, per forward pass of a GPU or of all --procs together
     max_utts_per_batch: Positive = 128
     accum_steps: Positive = 1  # batches whose gradients are summed before one optimiser step
     grad_clip: PositiveFloat = 5.0  # global L2 norm

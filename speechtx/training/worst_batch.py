@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def worst_batches(trainer: Trainer) -> list[list[int]]:
     """The batches with the most padded frames, the most padded tokens and the longest utterance, without duplicates."""
     batches = [batch for group in trainer.groups() for batch in trainer.world.share_of(group)]
+    if not batches:  # more processes than batches
+        return []
     frames = [utterance.num_frames for utterance in trainer.train_corpus.utterances]
     tokens = [len(ids) for ids in trainer.train_corpus.tokens]
     worst = (

@@ -11,6 +11,7 @@ from toy_corpus import make_training_data, tiny_config
 from speechtx.config.errors import TrainingError
 from speechtx.training import memory, worst_batch
 from speechtx.training.checkpoint import load_checkpoint
+from speechtx.training.distributed import World
 from speechtx.training.prepare import TrainingData
 from speechtx.training.train import train
 from speechtx.training.trainer import Trainer
@@ -107,3 +108,13 @@ def test_the_peak_of_memory_sees_an_allocation_and_forgets_it_when_reset() -> No
     assert memory.peak_memory(device) > before + 0.1
     assert memory.peak_memory(device) < memory.total_memory(device)
     del block
+
+
+def test_a_process_that_has_no_batch_has_no_worst_one() -> None:
+    class Idle:
+        world = World(rank=1, size=2, device=torch.device("cpu"), share_batches=True)
+
+        def groups(self) -> list[list[list[int]]]:
+            return [[[3]], [[4]]]
+
+    assert worst_batch.worst_batches(Idle()) == []  # type: ignore[arg-type]
