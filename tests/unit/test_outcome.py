@@ -80,3 +80,36 @@ def test_the_optimiser_leaves_everything_alone_in_a_step_that_is_not_finite(name
         assert same == [bool(found)] * 2
     assert all(torch.equal(m, state["exp_avg"]) for m, state in zip(moments, optimizer.state.values(), strict=True))
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program may catch it."""
+
+
+def test_resuming_stays_exact_with_every_option_of_the_engine(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with a step's outcome still on its way: it is in the checkpoint before it, or computed again."""
+    read_late(monkeypatch)
+    config = tiny_config(
+        "training.checkpoint_minutes=1e-9",
+        "training.gradient_checkpointing=true",
+        "training.accum_steps=2",
+        "model.encoder.subsampling={type: conv1d, factor: 6, channels: 8}",
+    )
+    train(config, data, tmp_path / "straight")
+    original = trainer_module.Trainer.train_step
+
+    def dying(self, *args):
+        if self.step >= 3:
+            raise Killed
+        original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer_module.Trainer, "train_step", dying)
+        train(config, data, tmp_path / "killed")
+    train(config, data, tmp_path / "killed", profile=1)  # which must not be noticed either
+    train(config, data, tmp_path / "killed")
+    straight, killed = (load_checkpoint(tmp_path / name / "checkpoints") for name in ("straight", "killed"))
+    assert all(torch.equal(straight["model"][name], killed["model"][name]) for name in straight["model"])
+    assert [e["train"] for e in straight["history"]] == [e["train"] for e in killed["history"]]
