@@ -323,3 +323,16 @@ def test_scorers_are_loaded_for_their_weights_only(tmp_path):
     arpa.write_text("\\data\\\nngram 1=4\n\n\\1-grams:\n-99\t<s>\n-0.5\ta\n-0.5\t<unk>\n-0.5\t</s>\n\n\\end\\\n")
     loaded = load_scorers(DecodeConfig(ngram_weight=0.1), tokenizer=tokenizer, ngram=arpa, device="cpu")
     assert loaded.lm is None and loaded.ngram is not None and loaded.ngram.vocab_size == VOCAB
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"coverage_weight": 0.5, "ctc_weight": 1.0}, "leaves the decoder out"),
+        ({"method": "ctc_beam", "end_detection": "recent"}, "method ctc_beam has no end_detection"),
+        ({"min_len_ratio": 2.0}, "exceeds max_len_ratio"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        DecodeConfig(**keys)
