@@ -1,4 +1,4 @@
-"""Both language models give on a GPU what they give on a CPU."""
+"""Language models give on a GPU what they give on a CPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 
 from speechtx.config.lm import TransformerLmConfig
 from speechtx.model.language_model import LanguageModel, TransformerLM
+from speechtx.model.lexicon import LexiconLM
 from speechtx.model.ngram import NgramLM
-from speechtx.text.kneser_ney import estimate_ngram
+from speechtx.text.kneser_ney import estimate_ngram, estimate_over
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,12 +30,25 @@ def run(lm: LanguageModel, fed: torch.Tensor, rows: torch.Tensor) -> torch.Tenso
     return torch.stack(scores)
 
 
-@pytest.mark.parametrize("kind", ["ngram", "transformer"])
+def word_model(rng: np.random.Generator) -> LexiconLM:
+    """Words over the pieces ▁a ... ▁d, e ... h, some of them beginnings of others."""
+    spellings = [[2], [2, 6], [2, 6, 7], [3], [4, 8], [5, 9, 6], [5, 9]]
+    names = [f"w{i}" for i in range(len(spellings))]
+    text = [rng.integers(1, 8, size=rng.integers(1, 9)).tolist() for _ in range(200)]
+    arpa = estimate_over(text, words=["<s>", *names, "</s>"], order=3).arpa
+    words = NgramLM(arpa=arpa, tokens=["<blank>", "<unk>", *names, "<sos/eos>"])
+    pieces = ["<blank>", "<unk>", *(f"\u2581{c}" for c in "abcd"), *"efgh", "<sos/eos>"]
+    return LexiconLM(words=words, spellings=dict(enumerate(spellings, start=2)), tokens=pieces)
+
+
+@pytest.mark.parametrize("kind", ["ngram", "lexicon", "transformer"])
 def test_scores_are_those_of_the_cpu(kind: str) -> None:
     rng = np.random.default_rng(0)
     if kind == "ngram":
         text = [rng.integers(1, 10, size=rng.integers(1, 9)).tolist() for _ in range(200)]
         lm: torch.nn.Module = NgramLM(arpa=estimate_ngram(text, pieces=PIECES, order=4).arpa, tokens=PIECES)
+    elif kind == "lexicon":
+        lm = word_model(rng)
     else:
         torch.manual_seed(0)
         lm = TransformerLM(config=TransformerLmConfig(dim=64, ff_dim=128), vocab_size=len(PIECES)).eval()
