@@ -63,7 +63,8 @@ def load_language_model(
         load_weights(model, path / WEIGHTS_FILE)
     else:
         raise ExperimentError(
-            f"{path}: no language model: neither an ARPA file, nor a KenLM binary, nor a directory with {ARPA_FILE} or {WEIGHTS_FILE}"
+            f"{path}: no language model: neither an ARPA file, nor a KenLM binary, nor a directory with {ARPA_FILE} or "
+            f"{WEIGHTS_FILE}"
         )
     return model.to(device).eval()
 
