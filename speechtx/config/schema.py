@@ -327,6 +327,7 @@ class TrainingConfig(Section):
     max_frames: Positive = 3000
     checkpoint_minutes: PositiveFloat = 5.0  # a resumable checkpoint at least this often, and at every epoch's end
     loader_workers: NonNegative = 1  # processes per rank that read and augment ahead; 0: none
+    waveforms: bool = False  # features of the training set are computed batch by batch on the model's device, not read
     compile: bool = False  # layers by torch.compile: minutes at the start, faster steps on a GPU
     gradient_checkpointing: bool = False  # layers are computed again in the backward pass: less memory, about a third more time
     average: AverageConfig = AverageConfig()
@@ -337,6 +338,11 @@ class TrainingConfig(Section):
             raise ValueError(f"max_frames {self.max_frames} is below min_frames {self.min_frames}")
         if self.frames_per_batch < self.max_frames:
             raise ValueError(f"frames_per_batch {self.frames_per_batch} cannot hold an utterance of max_frames {self.max_frames}")
+        if self.waveforms and self.perturb != PerturbConfig():
+            raise ValueError(
+                "perturb changes features in the loader, which with waveforms: true has none; set waveforms: false, or leave out "
+                "perturb (speed perturbation, ./run.sh --speeds, changes samples and works with both)"
+            )
         return self
 
 
@@ -363,5 +369,7 @@ class TrainConfig(Section):
         ):
             raise ValueError("training.consistency.decoder_weight needs a decoder of type attention")
         if self.training.gradient_checkpointing and self.model.encoder.norm == "batch":
-            raise ValueError("training.gradient_checkpointing would count each batch twice in the statistics of encoder.norm batch")
+            raise ValueError(
+                "training.gradient_checkpointing would count each batch twice in the statistics of encoder.norm batch"
+            )
         return self

@@ -43,6 +43,18 @@ class Source:
     end: float | None
     speed: float
 
+    def samples(self, config: FbankConfig, *, allow_pipes: bool = False) -> np.ndarray:
+        """(N,) float32 at the rate of the features and the speed of the utterance; raises AudioError, see `load_audio`."""
+        return load_audio(
+            self.audio,
+            sample_rate=config.sample_rate,
+            resample=config.resample,
+            start=self.start,
+            end=self.end,
+            speed=self.speed,
+            allow_pipes=allow_pipes,
+        )
+
 
 @dataclass(frozen=True)
 class Extracted:
@@ -132,15 +144,7 @@ def extract_shard(
     with ArkWriter(ark=ark, scp=scp, compress=compress) as writer:
         for number, source in enumerate(_with_progress(sources, "fbank"), start=1):
             try:
-                samples = load_audio(
-                    source.audio,
-                    sample_rate=config.sample_rate,
-                    resample=config.resample,
-                    start=source.start,
-                    end=source.end,
-                    speed=source.speed,
-                    allow_pipes=allow_pipes,
-                )
+                samples = source.samples(config, allow_pipes=allow_pipes)
                 feats = _finite_feats(fbank, samples, source.audio)
             except AudioError as err:
                 skipped[source.utterance] = " ".join(str(err).split())

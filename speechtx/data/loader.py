@@ -7,9 +7,10 @@ batch whatever was loaded before it and however many worker processes load it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,15 +39,17 @@ class Batch:
     tokens: Tensor  # (B, U) int64
     token_lens: Tensor  # (B,) int64
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         """Called by torch's DataLoader so that copies to the GPU can be asynchronous."""
         return self.map_tensors(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(self.ids, *(function(t) for t in (self.feats, self.feat_lens, self.tokens, self.token_lens)))
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 class FeatureReader:
@@ -96,16 +99,15 @@ class FeatureReader:
 
     def normalise(self, utterance: Utterance, feats: np.ndarray) -> np.ndarray:
         """The utterance's features, or what perturbation made of them, after CMVN."""
-        stats = self._stats(utterance, feats)
+        stats = CmvnStats.from_feats(feats) if self.config.cmvn == "utterance" else self.stored_stats(utterance)
         return feats if stats is None else apply_cmvn(feats, stats, norm_vars=self.config.norm_vars)
 
-    def _stats(self, utterance: Utterance, feats: np.ndarray) -> CmvnStats | None:
-        if self.config.cmvn == "none":
+    def stored_stats(self, utterance: Utterance) -> CmvnStats | None:
+        """Of the training set or of the speaker; None without CMVN, and where statistics are the utterance's own."""
+        if self.config.cmvn in ("none", "utterance"):
             return None
         if self.config.cmvn == "global":
             return self.global_cmvn
-        if self.config.cmvn == "utterance":
-            return CmvnStats.from_feats(feats)
         if utterance.speaker not in self.speaker_cmvn:
             raise DataError(
                 f"utterance {utterance.id}: no CMVN statistics for speaker {utterance.speaker}; run stage fbank again"
@@ -175,12 +177,14 @@ class Corpus(Dataset[Batch | DataError]):
         views = self._normalised(index)
         if self.specaugment is None:
             return views
+        pairs = zip(views, self.view_generators(index), strict=True)
+        return [spec_augment(view, self.specaugment, *generators) for view, generators in pairs]
+
+    def view_generators(self, index: int) -> list[tuple[np.random.Generator, np.random.Generator | None]]:
+        """For SpecAugment of each view of an utterance: of its time warp, and of its masks if it is another."""
         if self.views == 1:
-            return [spec_augment(views[0], self.specaugment, self._generator(index))]
-        return [
-            spec_augment(view, self.specaugment, self._generator(index), self._generator(index, number))
-            for number, view in enumerate(views, start=MASKS)
-        ]
+            return [(self._generator(index), None)]
+        return [(self._generator(index), self._generator(index, MASKS + number)) for number in range(self.views)]
 
     def _normalised(self, index: int) -> list[np.ndarray]:
         utterance = self.utterances[index]

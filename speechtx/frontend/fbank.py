@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,6 +16,43 @@ Backend = Literal["kaldi-native-fbank", "torchaudio"]
 # Measured on AN4 (2 vCPU AMD EPYC, 1 thread): kaldi-native-fbank 790 x real time after an import of 0.01 s, torchaudio 2,190 x
 # after 1.1 s for torch (and 200 MB a process). The two meet at about 20 minutes of audio a job; larger jobs gain from torchaudio.
 DEFAULT_BACKEND: Backend = "kaldi-native-fbank"
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How samples are cut into frames."""
+
+    window: int  # samples
+    shift: int  # samples
+    snip_edges: bool
+
+    @classmethod
+    def of(cls, config: FbankConfig) -> Framing:
+        """Kaldi truncates, too (feat/feature-window.h, WindowSize and WindowShift).
+
+        Raises:
+            ConfigError: frames are below one sample.
+        """
+        window = int(config.sample_rate * 0.001 * config.frame_length_ms)
+        shift = int(config.sample_rate * 0.001 * config.frame_shift_ms)
+        if window < 2 or shift < 1:
+            raise ConfigError(f"frames of {config.frame_length_ms} ms every {config.frame_shift_ms} ms are below one sample")
+        return cls(window, shift, config.snip_edges)
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames that `num_samples` samples yield (Kaldi's NumFrames)."""
+        if not self.snip_edges:
+            return (num_samples + self.shift // 2) // self.shift
+        return 1 + (num_samples - self.window) // self.shift if num_samples >= self.window else 0
+
+
+def require_one_frame(samples: np.ndarray, config: FbankConfig) -> None:
+    """Raises AudioError where samples (N,) are fewer than a window, in which mirrored edges could not be mirrored either."""
+    if len(samples) < Framing.of(config).window:
+        raise AudioError(
+            f"too short: {len(samples)} samples are {1000 * len(samples) / config.sample_rate:.1f} ms, "
+            f"less than one frame of {config.frame_length_ms} ms"
+        )
 
 
 class Fbank:
@@ -35,11 +73,7 @@ class Fbank:
         if backend not in get_args(Backend):
             raise ConfigError(f"unknown fbank backend {backend!r}; one of {', '.join(get_args(Backend))}")
         self.config = config
-        # Kaldi truncates, too (feature-window.h, WindowSize and WindowShift).
-        self._window = int(config.sample_rate * 0.001 * config.frame_length_ms)
-        self._shift = int(config.sample_rate * 0.001 * config.frame_shift_ms)
-        if self._window < 2 or self._shift < 1:
-            raise ConfigError(f"frames of {config.frame_length_ms} ms every {config.frame_shift_ms} ms are below one sample")
+        self.framing = Framing.of(config)
         try:
             self._compute = _torchaudio(config) if backend == "torchaudio" else _kaldi_native_fbank(config)
         except (ImportError, OSError) as err:
@@ -47,9 +81,7 @@ class Fbank:
 
     def num_frames(self, num_samples: int) -> int:
         """Frames that `num_samples` samples yield (Kaldi's NumFrames)."""
-        if not self.config.snip_edges:
-            return (num_samples + self._shift // 2) // self._shift
-        return 1 + (num_samples - self._window) // self._shift if num_samples >= self._window else 0
+        return self.framing.num_frames(num_samples)
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Computes the features of one utterance.
@@ -63,12 +95,7 @@ class Fbank:
         Raises:
             AudioError: the utterance is shorter than one frame.
         """
-        # Mirrored edges (snip_edges false) need at least a window to be mirrored in.
-        if len(samples) < self._window:
-            raise AudioError(
-                f"too short: {len(samples)} samples are {1000 * len(samples) / self.config.sample_rate:.1f} ms, "
-                f"less than one frame of {self.config.frame_length_ms} ms"
-            )
+        require_one_frame(samples, self.config)
         feats = self._compute(np.ascontiguousarray(samples, dtype=np.float32) * np.float32(32768.0))
         expected = (self.num_frames(len(samples)), self.config.num_mel_bins)
         assert feats.shape == expected, (feats.shape, expected)

@@ -26,6 +26,7 @@ from speechtx.config.load import dump_config, load_config
 from speechtx.config.schema import FbankConfig, PerturbConfig, TrainConfig
 from speechtx.data.loader import Corpus, FeatureReader
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
+from speechtx.data.waveforms import WaveformCorpus, training_sources
 from speechtx.experiment.experiment import Experiment
 from speechtx.frontend.perturb_features import FeaturePerturbation
 from speechtx.model.losses import ctc_min_frames
@@ -176,7 +177,7 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
     """
     experiment = Experiment.open(exp)
     notes: list[str] = []
-    corpora = []
+    corpora: list[Corpus] = []
     for name, directory in (("train", data.train), ("dev", data.dev)):
         reader = FeatureReader(
             config=config.features,
@@ -200,9 +201,13 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
             line += f"; {len(selection.left_out)} left out, for example {' '.join(selection.left_out[0])} (all in {report})"
         notes.append(line)
         augmentation = _augmentation(config, experiment.fbank) if name == "train" else {}
-        corpora.append(
-            Corpus(utterances=selection.utterances, tokens=selection.tokens, reader=reader, seed=config.seed, **augmentation)
-        )
+        parts: dict[str, Any] = {"utterances": selection.utterances, "tokens": selection.tokens, "reader": reader}
+        parts |= {"seed": config.seed, **augmentation}
+        if name == "train" and config.training.waveforms:
+            sources = training_sources(directory, selection.utterances)
+            corpora.append(WaveformCorpus(sources=sources, fbank=experiment.fbank, **parts))
+        else:
+            corpora.append(Corpus(**parts))
     return corpora[0], corpora[1], notes
 
 
