@@ -196,7 +196,7 @@ def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Findi
 
 
 def check_shapes(train: TrainConfig, fbank: FbankConfig) -> Iterator[Finding]:
-    """Limits that would leave the model without a frame or a bin."""
+    """Limits that would leave the model without a frame or a bin, and features that training cannot compute."""
     from speechtx.model.subsampling import min_frames
 
     front_end = train.model.encoder.subsampling
@@ -209,6 +209,11 @@ def check_shapes(train: TrainConfig, fbank: FbankConfig) -> Iterator[Finding]:
         )
     if front_end.type != "conv1d" and fbank.num_mel_bins < shortest:
         yield Finding("features", f"num_mel_bins {fbank.num_mel_bins} vanish in subsampling", f"use {shortest} bins or more")
+    if train.training.waveforms:
+        from speechtx.frontend.fbank_torch import unsupported
+
+        if problem := unsupported(fbank):
+            yield Finding("features", f"training.waveforms: {problem}", "correct the configuration of the features")
 
 
 def check_searches(train: TrainConfig, searches: dict[Path, list[DecodeConfig]]) -> Iterator[Finding]:

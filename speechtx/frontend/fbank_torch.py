@@ -85,8 +85,8 @@ def unsupported(config: FbankConfig) -> str:
     """Why features cannot be computed in batches; empty if they can."""
     if config.dither:
         return (
-            f"dither {config.dither} adds other noise each time, so that features computed in batches could not be those of the "
-            "feature stage; set dither: 0, or add noise with training.perturb to features that were computed before"
+            f"dither {config.dither} is other noise each time: features that are computed in batches could not be those of stage "
+            "fbank; set dither: 0"
         )
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
     """
     experiment = Experiment.open(exp)
     notes: list[str] = []
-    corpora: list[Corpus] = []
+    corpora = []
     for name, directory in (("train", data.train), ("dev", data.dev)):
         reader = FeatureReader(
             config=config.features,
@@ -201,13 +202,13 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
             line += f"; {len(selection.left_out)} left out, for example {' '.join(selection.left_out[0])} (all in {report})"
         notes.append(line)
         augmentation = _augmentation(config, experiment.fbank) if name == "train" else {}
-        parts: dict[str, Any] = {"utterances": selection.utterances, "tokens": selection.tokens, "reader": reader}
-        parts |= {"seed": config.seed, **augmentation}
+        kind: Callable[..., Corpus] = Corpus
         if name == "train" and config.training.waveforms:
             sources = training_sources(directory, selection.utterances)
-            corpora.append(WaveformCorpus(sources=sources, fbank=experiment.fbank, **parts))
-        else:
-            corpora.append(Corpus(**parts))
+            kind = functools.partial(WaveformCorpus, sources=sources, fbank=experiment.fbank)
+        corpora.append(
+            kind(utterances=selection.utterances, tokens=selection.tokens, reader=reader, seed=config.seed, **augmentation)
+        )
     return corpora[0], corpora[1], notes
 
 

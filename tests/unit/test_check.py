@@ -250,3 +250,10 @@ def test_a_wrong_grid_and_one_for_a_missing_decoder_are_problems(folder: Path, c
     assert status == 1 and "tune.yaml: ctc_weight 0.5 needs a decoder" in out and "decode.yaml: ctc_weight" not in out
     status, out = run(capsys, "--tune", "decode.yaml", "nothing.yaml")
     assert status == 1 and "nothing.yaml: no such configuration file" in out
+
+
+def test_dithered_features_that_training_would_compute_are_a_problem(folder: Path) -> None:
+    train = load_config("train.yaml", TrainConfig, ["training.waveforms=true"])
+    assert list(check.check_shapes(train, FbankConfig())) == []
+    (finding,) = check.check_shapes(train, FbankConfig(dither=1.0))
+    assert "training.waveforms: dither 1.0" in finding.message and finding.advice
