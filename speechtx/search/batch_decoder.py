@@ -84,8 +84,9 @@ class BatchDecoder:
             try:
                 feats = self._features(utterance)
                 readable.append(_Read(utterance, feats, time.perf_counter() - start))
-            except DataError as err:
-                failed.append(self._failed(utterance, str(err), time.perf_counter() - start))
+            except (DataError, MemoryError) as err:
+                error = str(err) or f"its {utterance.num_frames} frames do not fit into memory"
+                failed.append(self._failed(utterance, error, time.perf_counter() - start))
         indices = range(len(self.configs))
         if readable:
             yield from self._search_or_split(readable, indices)

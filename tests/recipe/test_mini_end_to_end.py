@@ -168,8 +168,32 @@ def test_language_models_are_steps_of_stages_3_and_4_and_report_their_perplexity
             assert f"data/dev: perplexity {measured['per_token']:.2f} a token, {measured['per_word']:.2f} a word" in out
         headers = recipe.run(*stages, epochs=trained_epochs(recipe))
         assert headers["ngram"].startswith("up to date") and headers["transformer"].startswith("up to date")
+        choose_weights_on_dev(recipe)
     finally:
         config.unlink()
+
+
+def choose_weights_on_dev(recipe: Recipe) -> None:
+    """A decoding configuration of its own, tuned on dev with both language models; test is decoded with what came out."""
+    conf = recipe.path / "conf"
+    (conf / "decode_lm.yaml").write_text("beam: 3\nmax_len_ratio: 0.2\n")
+    (conf / "tune_lm.yaml").write_text("lm_weight: [0.0, 0.2]\nngram_weight: [0.3]\n")
+    try:
+        stages = ("--stage", "decode", "--decode-config", "conf/decode_lm.yaml")
+        headers = recipe.run(*stages, epochs=trained_epochs(recipe))
+        assert list(headers) == ["tune", "decode", "score"]
+        chosen = json.loads((recipe.exp / "tune_dev_decode_lm/tune.json").read_text())
+        assert chosen["set"] == "dev" and len(chosen["points"]) == 2
+        decoded = json.loads((recipe.exp / "decode_test_decode_lm/decode.json").read_text())
+        assert decoded["config"] == chosen["config"] and decoded["ngram"]["path"] == "exp/lm/tiny/ngram"
+        page = (recipe.exp / "RESULTS.md").read_text()
+        assert re.search(r"^\| test +\| test +\| decode_lm: beam 3, CTC 0.3,.* n-gram ngram 0.3 +\|", page, re.MULTILINE), page
+        assert "The decoding weights of decode_lm were chosen on dev" in page
+        headers = recipe.run(*stages, epochs=trained_epochs(recipe))
+        assert all(headers[step].startswith("up to date") for step in ("tune", "decode", "score"))
+    finally:
+        for name in ("decode_lm.yaml", "tune_lm.yaml"):
+            (conf / name).unlink()
 
 
 def test_more_epochs_continue_the_training_and_score_again(recipe: Recipe) -> None:

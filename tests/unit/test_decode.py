@@ -269,8 +269,12 @@ def test_the_decode_step_runs_jobs_and_merges(exp, data, tmp_path, repo):
     config.write_text("beam: 3\n")
     step = [str(repo / "utils" / "steps" / "decode.sh"), "--nj", "2", "--config", str(config), "--set", "nbest=2"]
     env = {"PATH": f"{bin_dir}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*step, str(exp), str(data), str(tmp_path / "out")], env=env, capture_output=True, text=True)
+    arguments = ["--exp", str(exp), str(exp), str(data), str(tmp_path / "out")]  # an ensemble of a model with itself
+    done = subprocess.run([*step, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 utterance(s) could not be decoded" in done.stdout and "  tiny: utterance tiny: 3 frames" in done.stdout
+    assert len(json.loads((tmp_path / "out" / "decode.json").read_text())["members"]) == 2
+    assert not list((tmp_path / "out" / "parts").glob("*.progress"))
     assert len(text_of(tmp_path / "out")) == 8 and (tmp_path / "out" / "log" / "decode.2.log").is_file()
     missing = subprocess.run(
         [*step, str(exp), str(tmp_path / "none"), str(tmp_path / "out")], env=env, capture_output=True, text=True

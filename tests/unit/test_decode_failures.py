@@ -22,6 +22,7 @@ from speechtx.bin.main import main
 from speechtx.config.errors import AudioError
 from speechtx.config.load import dump_config
 from speechtx.data.ark import ArkWriter
+from speechtx.data.loader import FeatureReader
 from speechtx.model.recognizer import Recognizer
 from speechtx.search import memory
 
@@ -161,6 +162,21 @@ def test_a_long_utterance_has_a_batch_of_its_own_and_makes_no_other_larger(exp, 
     assert decode(exp, long, tmp_path / "out", "--set", "frames_per_batch=160") == 0
     assert tried == [1, 2, 2, 1]
     assert {utt: text for utt, text in text_of(tmp_path / "out").items() if utt != "x_long"} == good
+
+
+def test_features_that_cannot_be_held_are_named_too(exp, data, good, tmp_path, monkeypatch):
+    read = FeatureReader.__call__
+
+    def reading(self, utterance):
+        if utterance.id == "utt3":
+            raise MemoryError
+        return read(self, utterance)
+
+    monkeypatch.setattr(FeatureReader, "__call__", reading)
+    assert decode(exp, data, tmp_path / "out") == 0
+    assert text_of(tmp_path / "out") == {**good, "utt3": ""}
+    (error,) = json.loads((tmp_path / "out" / "decode.json").read_text())["failed"].values()
+    assert "frames do not fit into memory" in error
 
 
 def test_an_error_that_is_no_lack_of_memory_is_not_hidden(exp, data, tmp_path, monkeypatch):
