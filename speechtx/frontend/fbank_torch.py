@@ -53,14 +53,21 @@ class BatchFbank:
         framing = self.framing
         if not framing.snip_edges:
             samples = self._mirrored(samples, lengths)
-        frames = samples.unfold(1, framing.window, framing.shift) * 32768.0  # Kaldi's samples are 16-bit integers
+        frames = samples.unfold(1, framing.window, framing.shift)
+        # The spectra of one utterance stay in a processor's cache, those of a batch do not: 1.6 times as fast.
+        at_once = 1 if samples.device.type == "cpu" else len(samples)
+        return torch.cat([self._features(rows) for rows in frames.split(at_once)])
+
+    def _features(self, frames: Tensor) -> Tensor:
+        """(B, T, F) of frames (B, T, window)."""
+        frames = frames * 32768.0  # Kaldi's samples are 16-bit integers
         if self.config.remove_dc_offset:
             frames -= frames.mean(dim=-1, keepdim=True)
         if self.config.preemphasis:
             before = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)  # the first sample's predecessor is itself
             frames.sub_(before, alpha=self.config.preemphasis)
         frames *= self._taper
-        spectrum = torch.fft.rfft(pad(frames, (0, self._fft_size - framing.window)))
+        spectrum = torch.fft.rfft(pad(frames, (0, self._fft_size - self.framing.window)))
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
         return (power @ self._filters).clamp_(min=torch.finfo(torch.float32).eps).log_()
 
