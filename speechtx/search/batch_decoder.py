@@ -20,7 +20,7 @@ from speechtx.data.manifest import Utterance
 from speechtx.experiment.experiment import Experiment
 from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import subsampled_length
-from speechtx.search.decode import decode_encoded
+from speechtx.search.decode import decode_encoded, why_nothing
 from speechtx.search.memory import bounded_memory, is_out_of_memory, what_was_asked
 from speechtx.search.parts import Decoded
 from speechtx.search.scorers import Scorers
@@ -145,7 +145,7 @@ class BatchDecoder:
             if nbest:
                 results.append(Decoded(utterance.id, nbest, self._seconds(utterance), took))
             else:
-                results.append(self._failed(utterance, "the model's output is not finite", took))
+                results.append(self._failed(utterance, why_nothing(self.configs[index]), took))
         return results
 
     def _failed(self, utterance: Utterance, error: str, seconds: float) -> Decoded:

@@ -18,6 +18,8 @@ from speechtx.search.mask_ctc import mask_ctc
 from speechtx.search.rescoring import rescore
 from speechtx.search.scorers import NO_SCORERS, Scorers
 
+_WIDER = (4, 16)  # times the configured beam
+
 
 def decode_batch(
     model: Recognizer, feats: Tensor, feat_lens: Tensor, config: DecodeConfig, scorers: Scorers = NO_SCORERS
@@ -32,7 +34,7 @@ def decode_batch(
         scorers: what has a weight there, see `load_scorers`.
 
     Returns:
-        For every utterance its n best without text, best first (greedy: one); none where the model's output is not finite.
+        For every utterance its n best without text, best first (greedy: one); none for the reasons of `why_nothing`.
 
     Raises:
         ConfigError: the model has no decoder, and the search needs one; a weight without its scorer.
@@ -45,23 +47,52 @@ def decode_batch(
 def decode_encoded(
     model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig, scorers: Scorers = NO_SCORERS
 ) -> list[list[Hypothesis]]:
-    """The search alone, from the encoder's output (B, S, D) and its lengths (B,); see `decode_batch`."""
+    """The search alone, from the encoder's output (B, S, D) and its lengths (B,); see `decode_batch`.
+
+    A language model that forbids tokens, such as a lexicon inside a word, may leave a narrow beam without any hypothesis
+    that can end. Those utterances are searched again with a beam four, then sixteen times as wide.
+    """
     check_method(model, config)
     check_weights(model, config)
     with torch.inference_mode():
-        if config.method == "beam":
-            return beam_search(model, enc_out, enc_lens, config, scorers)
-        if config.method == "mask_ctc":
-            return mask_ctc(model, enc_out, enc_lens, config)
-        log_probs = model.ctc_log_probs(enc_out)
-        if config.method in ("ctc_beam", "attention_rescoring"):
-            rescoring = config.method == "attention_rescoring"
-            first = config.model_copy(update={"nbest": config.beam}) if rescoring else config
-            ids = {"blank_id": model.blank_id, "sos_eos_id": model.sos_eos_id}
-            nbests = ctc_beam_search(log_probs, enc_lens, first, scorers, **ids)
-            return rescore(model, enc_out, enc_lens, nbests, config, ctc_log_probs=log_probs) if rescoring else nbests
-        best = ctc_greedy(log_probs, enc_lens, blank_id=model.blank_id, sos_eos_id=model.sos_eos_id)
-        return [[hypothesis] if math.isfinite(hypothesis.score) else [] for hypothesis in best]
+        nbests = _search(model, enc_out, enc_lens, config, scorers)
+        for factor in _WIDER if _may_forbid_ends(config) else ():
+            again = [i for i, nbest in enumerate(nbests) if not nbest and enc_out[i, : enc_lens[i]].isfinite().all()]
+            if again:
+                wider = config.model_copy(update={"beam": factor * config.beam})
+                for i, nbest in zip(again, _search(model, enc_out[again], enc_lens[again], wider, scorers), strict=True):
+                    nbests[i] = nbest
+        return nbests
+
+
+def _search(
+    model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig, scorers: Scorers
+) -> list[list[Hypothesis]]:
+    if config.method == "beam":
+        return beam_search(model, enc_out, enc_lens, config, scorers)
+    if config.method == "mask_ctc":
+        return mask_ctc(model, enc_out, enc_lens, config)
+    log_probs = model.ctc_log_probs(enc_out)
+    if config.method in ("ctc_beam", "attention_rescoring"):
+        rescoring = config.method == "attention_rescoring"
+        first = config.model_copy(update={"nbest": config.beam}) if rescoring else config
+        ids = {"blank_id": model.blank_id, "sos_eos_id": model.sos_eos_id}
+        nbests = ctc_beam_search(log_probs, enc_lens, first, scorers, **ids)
+        return rescore(model, enc_out, enc_lens, nbests, config, ctc_log_probs=log_probs) if rescoring else nbests
+    best = ctc_greedy(log_probs, enc_lens, blank_id=model.blank_id, sos_eos_id=model.sos_eos_id)
+    return [[hypothesis] if math.isfinite(hypothesis.score) else [] for hypothesis in best]
+
+
+def _may_forbid_ends(config: DecodeConfig) -> bool:
+    return config.lm_weight > 0 or config.ngram_weight > 0
+
+
+def why_nothing(config: DecodeConfig) -> str:
+    """What to say of an utterance for which `decode_encoded` returned no hypothesis."""
+    if not _may_forbid_ends(config):
+        return "the model's output is not finite"
+    widest = _WIDER[-1] * config.beam
+    return f"the model's output is not finite, or the language model let none of {widest} hypotheses end; try a larger beam"
 
 
 def check_method(model: Recognizer, config: DecodeConfig) -> None:

@@ -18,7 +18,7 @@ from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
 from speechtx.frontend.fbank import Fbank
 from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import subsampled_length
-from speechtx.search.decode import decode_batch
+from speechtx.search.decode import decode_batch, why_nothing
 from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.memory import bounded_memory, is_out_of_memory
 from speechtx.search.system import System, check_search
@@ -116,7 +116,7 @@ class Transcriber:
                 raise
             raise AudioError(f"{name}: {len(feats)} feature frames do not fit into memory; cut it into pieces") from None
         if not nbest:
-            raise AudioError(f"{name}: the model's output is not finite")
+            raise AudioError(f"{name}: {why_nothing(self.decode)}")
         return [hypothesis.with_text(self.exp.tokenizer.decode) for hypothesis in nbest]
 
     def transcribe_each(self, audios: Iterable[Audio]) -> Iterator[list[Hypothesis] | AudioError]:

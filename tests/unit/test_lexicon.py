@@ -19,6 +19,7 @@ from speechtx.experiment.language_model import load_language_model
 from speechtx.model.lexicon import LexiconLM
 from speechtx.search.beam import beam_search
 from speechtx.search.ctc_beam import ctc_beam_search
+from speechtx.search.decode import decode_encoded, why_nothing
 from speechtx.search.scorers import Scorers
 from speechtx.text.arpa import BOS, EOS, Arpa, read_arpa
 from speechtx.text.lexicon import read_lexicon, spell
@@ -210,6 +211,18 @@ def test_models_opened_in_inference_mode_work_outside_of_it_and_the_other_way_ro
 # ------------------------------------------------------------------------------------------------ searches
 
 
+class GivenOutput:
+    """A model without a decoder whose encoder's output is what CTC says."""
+
+    decoder = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.blank_id, self.sos_eos_id = tokenizer.blank_id, tokenizer.sos_eos_id
+
+    def ctc_log_probs(self, enc_out: torch.Tensor) -> torch.Tensor:
+        return enc_out
+
+
 def texts_of(chars: Made, method: str, scorers: Scorers, **keys: object) -> list[str]:
     """What a search makes of noise."""
     generator = torch.Generator().manual_seed(0)
@@ -220,14 +233,7 @@ def texts_of(chars: Made, method: str, scorers: Scorers, **keys: object) -> list
     if method == "ctc_beam":
         nbests = ctc_beam_search(log_probs, lens, config, scorers, blank_id=tokenizer.blank_id, sos_eos_id=tokenizer.sos_eos_id)
     else:
-
-        class Noise:
-            blank_id, sos_eos_id, decoder = tokenizer.blank_id, tokenizer.sos_eos_id, None
-
-            def ctc_log_probs(self, enc_out: torch.Tensor) -> torch.Tensor:
-                return enc_out
-
-        nbests = beam_search(Noise(), log_probs, lens, config, scorers)  # type: ignore[arg-type]
+        nbests = beam_search(GivenOutput(tokenizer), log_probs, lens, config, scorers)  # type: ignore[arg-type]
     assert all(nbests), "every utterance has a hypothesis"
     return [tokenizer.decode(hypothesis.tokens) for nbest in nbests for hypothesis in nbest]
 
@@ -239,6 +245,22 @@ def test_no_search_puts_out_a_word_that_is_not_in_the_lexicon(chars: Made, metho
     assert not free <= set(WORDS), "without the lexicon, noise spells anything"
     bound = {word for text in texts_of(chars, method, Scorers(ngram=lm), **keys) for word in text.split()}
     assert bound <= set(WORDS)
+
+
+@pytest.mark.parametrize(("method", "keys"), [("beam", {"ctc_weight": 1.0}), ("ctc_beam", {})])
+def test_speech_that_stops_inside_a_word_has_a_hypothesis_all_the_same(chars: Made, method: str, keys: dict[str, float]) -> None:
+    lm, tokenizer = chars.open(chars.lexicon(2)), chars.tokenizer
+    ids = tokenizer.encode("BANAN")  # of BANANA
+    log_probs = torch.full((2, len(ids), tokenizer.vocab_size), -12.0)
+    log_probs[0, range(len(ids)), ids] = 0.0
+    log_probs[1] = torch.nan  # nothing will ever come of this one
+    lens = torch.tensor([len(ids)] * 2)
+    config = DecodeConfig(method=method, beam=1, ngram_weight=0.3, **keys)  # type: ignore[arg-type]
+    given = GivenOutput(tokenizer)
+    spoken, broken = decode_encoded(given, log_probs.log_softmax(dim=-1), lens, config, Scorers(ngram=lm))  # type: ignore[arg-type]
+    assert [tokenizer.decode(hypothesis.tokens) for hypothesis in spoken] in (["BAN"], ["BANANA"])
+    assert not broken
+    assert "none of 16 hypotheses end" in why_nothing(config)
 
 
 # ------------------------------------------------------------------------------------------------ making and opening
