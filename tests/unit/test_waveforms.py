@@ -18,6 +18,7 @@ from speechtx.data.features import compute_cmvn, extract_shard, merge_shards, re
 from speechtx.data.kaldi_dir_fix import fix_data_dir
 from speechtx.text.tokenizer import train_tokenizer
 from speechtx.training import trainer as trainer_module
+from speechtx.training.checkpoint import load_checkpoint
 from speechtx.training.prepare import TrainingData, build_corpora, check_features_agree, lay_out_experiment
 from speechtx.training.train import train
 
@@ -138,6 +139,8 @@ def test_a_killed_training_continues_bit_for_bit_and_workers_change_nothing(
         context.setattr(trainer_module.time, "monotonic", iter(range(0, 100_000, 1000)).__next__)  # a checkpoint at every step
         with pytest.raises(Killed):
             train(config_of(True), data, tmp_path / "killed")
+    state = load_checkpoint(tmp_path / "killed" / "checkpoints")
+    assert state is not None and state["index"] > 0, "it was to be killed inside an epoch"
     train(config_of(True, "training.loader_workers=2"), data, tmp_path / "killed")
     whole, continued = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
