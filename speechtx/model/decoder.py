@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.attention.kernels import Bias, attend, attention_weights, padding_bias
-from speechtx.attention.multihead import CrossAttention, SelfAttention, join_heads, split_heads
+from speechtx.attention.multihead import CrossAttention, SelfAttention, split_heads
 from speechtx.attention.site import AttentionPenalty
 from speechtx.config.penalty import CrossPenaltyConfig, PenaltyConfig
 from speechtx.config.schema import DecoderConfig
@@ -25,6 +25,7 @@ from speechtx.model.cross_penalty import CrossPenalty, CrossWalk
 from speechtx.model.decoder_state import DecoderState, KeyValue, TokenTree
 from speechtx.model.dropout import Dropout
 from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
+from speechtx.model.one_step import Affine, FeedForwardStep, OwnStep, affine, normed
 from speechtx.model.position import input_position
 
 CrossBias = Callable[[CrossAttention, Tensor, Tensor], Tensor | None]  # of a layer, its queries' input and its keys
@@ -51,31 +52,55 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(self.cross(query, *cross, bias=cross_bias(self.cross, query, cross[0])))
         return x + self.dropout(self.ff(self.norm_ff(x)))
 
-    def step(
-        self, x: Tensor, own: KeyValue | None, cross: KeyValue, *, position: int, own_bias: Tensor, cross_bias: CrossBias
-    ) -> tuple[Tensor, KeyValue]:
+
+class _LayerStep(NamedTuple):
+    """What one position needs of a layer, see `speechtx.model.one_step`."""
+
+    own: OwnStep
+    cross: CrossAttention
+    norm_cross: Affine
+    q: Affine
+    out: Affine
+    ff: FeedForwardStep
+
+    @staticmethod
+    def of(layer: DecoderLayer) -> _LayerStep:
+        cross = layer.cross
+        return _LayerStep(
+            own=OwnStep.of(layer.norm_attn, layer.attn),
+            cross=cross,
+            norm_cross=affine(layer.norm_cross),
+            q=affine(cross.q),
+            out=affine(cross.out),
+            ff=FeedForwardStep.of(layer.norm_ff, layer.ff),
+        )
+
+    def __call__(
+        self, x: Tensor, own: Tensor | None, cross: KeyValue, *, position: int, own_bias: Tensor, cross_bias: CrossBias
+    ) -> tuple[Tensor, Tensor]:
         """One position.
 
         Args:
-            x: (N, 1, D).
+            x: (N, D).
             own, cross: as in `DecoderState`.
             position: of x.
             own_bias: (B, 1 or H, beam, P + beam) for the tokens of `own` and then those of x.
             cross_bias: see `CrossBias`.
 
         Returns:
-            (N, 1, D) and `own` with the keys and values of this position.
+            (N, D) and `own` with the keys and values of this position.
         """
         # The hypotheses of an utterance stand where queries stand: (B, beam, ...) against that utterance's tokens and frames.
-        batch, beam = own_bias.shape[0], own_bias.shape[2]
-        q, k, v = (part.view(batch, beam, *part.shape[1::2]) for part in self.attn.project(self.norm_attn(x), start=position))
-        if own is not None:
-            k, v = torch.cat((own[0], k), dim=1), torch.cat((own[1], v), dim=1)
-        found = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias=own_bias)
-        x = x + self.attn.out(join_heads(found)).view_as(x)
-        query = self.norm_cross(x).view(batch, beam, -1)
-        x = x + self.cross(query, *cross, bias=cross_bias(self.cross, query, cross[0])).view_as(x)
-        return x + self.ff(self.norm_ff(x)), (k, v)
+        batch, heads, beam = len(own_bias), self.own.heads, own_bias.shape[2]
+        qkv = self.own.project(x, position).view(batch, beam, 3, heads, -1)
+        own = qkv[:, :, 1:] if own is None else torch.cat((own, qkv[:, :, 1:]), dim=1)
+        q, (k, v) = qkv[:, :, 0].transpose(1, 2), own.transpose(1, 3).unbind(2)
+        x = self.own.add(x, attend(q, k, v, bias=own_bias).transpose(1, 2))
+        query = normed(x, self.norm_cross).view(batch, beam, -1)
+        q = F.linear(query, *self.q).view(batch, beam, heads, -1).transpose(1, 2)
+        found = attend(q, *cross, bias=cross_bias(self.cross, query, cross[0]))
+        x = x + F.linear(found.transpose(1, 2).reshape(x.shape), *self.out)
+        return self.ff(x), own
 
 
 class Decoder(nn.Module):
@@ -182,11 +207,13 @@ class Decoder(nn.Module):
         """The state before the first token of `beam` hypotheses for each of the B utterances; arguments as in `forward`."""
         if beam < 1:
             raise ValueError(f"beam {beam} must be at least 1")
-        bias = padding_bias(length_mask(enc_lens, enc_out.shape[1]), dtype=compute_dtype(enc_out))
+        mask = length_mask(enc_lens, enc_out.shape[1])
+        bias = None if mask.all() else padding_bias(mask, dtype=compute_dtype(enc_out))
         cross = tuple(cast(DecoderLayer, layer).cross.project(enc_out) for layer in self.layers)
         axis = self._start_axis(enc_lens, enc_out.shape[1], ctc_log_probs, beam=beam, token_lens=None)
         tree = TokenTree.start(len(enc_out), beam, dtype=compute_dtype(enc_out), device=enc_out.device)
-        return DecoderState(0, cross, bias, axis, tree=tree)
+        steps = tuple(_LayerStep.of(cast(DecoderLayer, layer)) for layer in self.layers)
+        return DecoderState(0, cross, bias, axis, tree=tree, steps=steps)
 
     def _start_axis(
         self, enc_lens: Tensor, frames: int, ctc_log_probs: Tensor | None, *, beam: int, token_lens: Tensor | None
@@ -209,7 +236,7 @@ class Decoder(nn.Module):
             log-probabilities (N, V) float32 of the next token, and the new state.
         """
         assert state.tree is not None
-        x = self.position(self.embedding(tokens).unsqueeze(1), start=state.position)
+        x = self.position(self.embedding(tokens).unsqueeze(1), start=state.position).squeeze(1)
         tree = state.tree.grow(state.position)
         own_biases = self._own_biases(state.position, tree)
         walk = CrossWalk(self.cross_penalty, tokens.unsqueeze(1), state.axis, state.cross_bias)
@@ -217,9 +244,9 @@ class Decoder(nn.Module):
         watch = _Watch(cross_biases[-1])
         if state.looked is not None:
             cross_biases[-1] = watch
-        own: list[KeyValue] = []
-        for index, layer in enumerate(self.layers):
-            x, cache = cast(DecoderLayer, layer).step(
+        own: list[Tensor] = []
+        for index, layer in enumerate(state.steps):
+            x, cache = layer(
                 x,
                 state.own[index] if state.own else None,
                 state.cross[index],
@@ -228,7 +255,7 @@ class Decoder(nn.Module):
                 cross_bias=cross_biases[index],
             )
             own.append(cache)
-        log_probs = F.log_softmax(self.output(self.norm(x)).squeeze(1).float(), dim=-1)
+        log_probs = F.log_softmax(self.output(self.norm(x)).float(), dim=-1)
         new = replace(state, position=state.position + 1, own=tuple(own), tree=tree, axis=walk.state, looked=watch.weights)
         return log_probs, new
 

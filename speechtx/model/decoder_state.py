@@ -9,6 +9,7 @@ now and then. Only the hypotheses of one utterance attend to its tokens, as quer
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,10 +87,11 @@ class DecoderState:
     Attributes:
         position: tokens fed so far.
         cross: per layer, cross-attention keys and values (B, H, S, d), shared by the hypotheses of an utterance.
-        cross_bias: (B, 1, 1, S), masks the encoder's padding.
+        cross_bias: (B, 1, 1, S), masks the encoder's padding; None where there is none.
         axis: where the hypotheses stand, if cross-attention pays for distance.
-        own: per layer, self-attention keys and values (B, P, H, d) of the tokens in `tree`; empty before the first step.
+        own: per layer, self-attention keys and values (B, P, 2, H, d) of the tokens in `tree`; empty before the first step.
         tree: whose tokens they are; None where nothing is fed step by step.
+        steps: what each layer does with one position, for `Decoder.step`.
         looked: (N, S) attention weights of the last step on average over the heads of the last layer; None unless `watched`.
     """
 
@@ -97,8 +99,9 @@ class DecoderState:
     cross: tuple[KeyValue, ...]
     cross_bias: Tensor | None
     axis: AxisState | None = None
-    own: tuple[KeyValue, ...] = ()
+    own: tuple[Tensor, ...] = ()
     tree: TokenTree | None = None
+    steps: tuple[Any, ...] = ()
     looked: Tensor | None = None
 
     def watched(self) -> DecoderState:
@@ -116,7 +119,7 @@ class DecoderState:
         """
         assert self.tree is not None
         tree, left = self.tree.select(rows).pruned()
-        own = self.own if left is None else tuple((_at(k, left), _at(v, left)) for k, v in self.own)
+        own = self.own if left is None else tuple(_at(layer, left) for layer in self.own)
         looked = None if self.looked is None else self.looked[rows]
         return replace(self, own=own, tree=tree, axis=None if self.axis is None else self.axis.select(rows), looked=looked)
 
@@ -124,17 +127,17 @@ class DecoderState:
         """The state of some utterances (int64 indices into B), each with all its hypotheses; for dropping finished ones."""
         batch = len(self.cross[0][0])
         looked = None if self.looked is None else self.looked.unflatten(0, (batch, -1))[utterances].flatten(0, 1)
-        return DecoderState(
-            self.position,
+        return replace(
+            self,
             cross=tuple((k[utterances], v[utterances]) for k, v in self.cross),
             cross_bias=None if self.cross_bias is None else self.cross_bias[utterances],
             axis=None if self.axis is None else self.axis.keep(utterances),
-            own=tuple((k[utterances], v[utterances]) for k, v in self.own),
+            own=tuple(layer[utterances] for layer in self.own),
             tree=None if self.tree is None else self.tree.keep(utterances),
             looked=looked,
         )
 
 
 def _at(x: Tensor, places: Tensor) -> Tensor:
-    """x (B, P, H, d) at places (B, P') -> (B, P', H, d)"""
+    """x (B, P, ...) at places (B, P') -> (B, P', ...)"""
     return x[torch.arange(len(x), device=x.device).unsqueeze(1), places]

@@ -94,7 +94,7 @@ def test_a_reordered_hypothesis_continues_its_own_past() -> None:
     tokens = torch.stack((first[rows], second[rows], third), 1)
     logits = decoder(tokens, torch.full((6,), 3), enc_out.repeat_interleave(3, 0), lens.repeat_interleave(3))
     torch.testing.assert_close(log_probs, logits[:, -1].log_softmax(-1), atol=1e-5, rtol=0)
-    assert state.position == 2 and after.position == 3 and state.own[0][0].shape[1] == 2 * 3  # the old state is untouched
+    assert state.position == 2 and after.position == 3 and state.own[0].shape[1] == 2 * 3  # the old state is untouched
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def test_with_a_cross_penalty_step_by_step_equals_teacher_forcing(cross, enc_len
     repeated = enc_out.repeat_interleave(beam, 0)
     token_lens = torch.full((batch * beam,), length)
     decoder(tokens, token_lens, repeated, lens.repeat_interleave(beam), ctc_log_probs=ctc_of(repeated))
-    torch.testing.assert_close(torch.cat(outputs[:-1], 1), outputs[-1], atol=1e-9, rtol=0)
+    torch.testing.assert_close(torch.stack(outputs[:-1], 1), outputs[-1], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("cross", CROSS)
@@ -321,7 +321,7 @@ def test_hypotheses_that_are_reordered_at_every_step_keep_their_own_pasts_and_no
         # the first two hypotheses have most descendants, and every utterance chooses otherwise
         rows = torch.randint(min(2, beam), (batch, beam)) + beam * torch.arange(batch).unsqueeze(1)
         state, past = state.select(rows.view(-1)), past[rows.view(-1)]
-        sizes.append(state.own[0][0].shape[1])
+        sizes.append(state.own[0].shape[1])
         if position == 20:
             remaining = torch.tensor([0, 2])
             state, past = state.keep(remaining), past.view(batch, beam, -1)[remaining].flatten(0, 1)
