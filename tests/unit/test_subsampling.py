@@ -124,3 +124,12 @@ def test_too_few_mel_bins_are_refused_with_the_least_number(factor: int, least: 
 def test_maps_that_are_not_there_cannot_be_attended_to() -> None:
     with pytest.raises(ConfigError, match="attention_2d needs maps of time and frequency"):
         parse_config("{type: conv1d, attention_2d: {modules: 1}}", SubsamplingConfig)
+
+
+def test_every_convolution_keeps_channels_innermost_so_that_none_copies_what_the_one_before_made() -> None:
+    layouts = []
+    front_end = Subsampling(num_mel_bins=20, channels=4, dim=8)
+    for conv in front_end.convolutions():
+        conv.register_forward_hook(lambda _, __, made: layouts.append(made.is_contiguous(memory_format=torch.channels_last)))
+    front_end(torch.randn(2, 30, 20))
+    assert layouts == [True, True]
