@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.attention.kernels import attend, padding_bias
-from speechtx.attention.multihead import SelfAttention, join_heads
+from speechtx.attention.multihead import SelfAttention
 from speechtx.config.lm import TransformerLmConfig
 from speechtx.model.dropout import Dropout
-from speechtx.model.encoder import FeedForward, length_mask
+from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
+from speechtx.model.one_step import FeedForwardStep, OwnStep
 from speechtx.model.position import SinusoidalPosition
-
-KeyValue = tuple[Tensor, Tensor]
 
 
 class LmState(Protocol):
@@ -60,44 +59,49 @@ class TransformerLmState:
     """Keys and values of what was fed so far.
 
     Attributes:
-        position: tokens fed so far, to any hypothesis.
-        own: per layer, keys and values (N, H, P, d) with P at least `position`; empty before the first step.
+        layers: what each does with one position.
         num: N.
+        own: (P, M, layers, 2, H, d) keys and values, P at least `position`.
+        position: tokens fed so far, to any hypothesis.
+        rows: (N,) which of the M hypotheses in `own` each continues; None if it is itself, and M is N.
         fed: (N,) tokens fed to each, where they are not as many (and keys and values behind them arbitrary); else None.
     """
 
-    position: int
-    own: tuple[KeyValue, ...]
+    layers: tuple[tuple[OwnStep, FeedForwardStep], ...]
     num: int
+    own: Tensor
+    position: int = 0
+    rows: Tensor | None = None
     fed: Tensor | None = None
 
     def select(self, rows: Tensor) -> TransformerLmState:
-        """See `LmState.select`."""
+        """See `LmState.select`; nothing is copied before the next step, which copies anyway."""
         fed = None if self.fed is None else self.fed[rows]
         longest = self.position if fed is None else int(fed.max())
-        own = tuple((k[:, :, :longest].index_select(0, rows), v[:, :, :longest].index_select(0, rows)) for k, v in self.own)
-        return TransformerLmState(longest, own, len(rows), fed)
+        rows_of_own = rows if self.rows is None else self.rows[rows]
+        return replace(self, num=len(rows), position=longest, rows=rows_of_own, fed=fed)
 
     def put(self, rows: Tensor, other: TransformerLmState) -> TransformerLmState:
-        """See `LmState.put`; both must have been fed a token."""
+        """See `LmState.put`."""
         fed = self._fed(rows).index_copy(0, rows, other._fed(rows))
-        own = tuple(
-            (_put(mine[0], rows, theirs[0]), _put(mine[1], rows, theirs[1]))
-            for mine, theirs in zip(self.own, other.own, strict=True)
-        )
-        return TransformerLmState(max(self.position, other.position), own, self.num, fed)
+        longest = max(self.position, other.position)
+        own = self.own if self.rows is None and longest <= len(self.own) else self.past(2 * longest)
+        own[: other.position].index_copy_(1, rows, other.past(other.position))
+        return replace(self, own=own, position=longest, rows=None, fed=fed)
+
+    def past(self, room: int) -> Tensor:
+        """(room, N, layers, 2, H, d): keys and values of the N, copied to where there is room for as many positions."""
+        past = self.own.new_empty(room, self.num, *self.own.shape[2:])
+        own = self.own[: self.position].detach()  # nobody differentiates a search, and `out` could not
+        if self.rows is None:
+            past[: self.position] = own
+        else:
+            torch.index_select(own, 1, self.rows, out=past[: self.position])
+        past[self.position :] = 0.0  # what is masked must be finite
+        return past
 
     def _fed(self, like: Tensor) -> Tensor:
         return like.new_full((self.num,), self.position) if self.fed is None else self.fed
-
-
-def _put(into: Tensor, rows: Tensor, cache: Tensor) -> Tensor:
-    """`into` (N, H, P, d) with the columns of cache (M, H, P', d) in `rows`, in place if they fit, else with room for more."""
-    length = cache.shape[2]
-    if length > into.shape[2]:
-        into = F.pad(into, (0, 0, 0, 2 * length - into.shape[2]))
-    into[:, :, :length].index_copy_(0, rows, cache)
-    return into
 
 
 class TransformerLmLayer(nn.Module):
@@ -115,26 +119,6 @@ class TransformerLmLayer(nn.Module):
         """(B, U, D) -> (B, U, D)"""
         x = x + self.dropout(self.attn(self.norm_attn(x), causal=True))
         return x + self.dropout(self.ff(self.norm_ff(x)))
-
-    def step(self, x: Tensor, own: KeyValue | None, fed: Tensor | None = None) -> tuple[Tensor, KeyValue]:
-        """One position: x (N, 1, D) -> (N, 1, D) and the keys and values with this position's, behind those of the `fed`."""
-        q, k, v = self.attn.project(self.norm_attn(x))
-        bias = None
-        if fed is not None:
-            assert own is not None
-            k, v = _behind(own[0], fed, k), _behind(own[1], fed, v)
-            bias = padding_bias(length_mask(fed + 1, k.shape[2]), dtype=q.dtype)
-        elif own is not None:
-            k, v = torch.cat((own[0], k), dim=2), torch.cat((own[1], v), dim=2)
-        x = x + self.attn.out(join_heads(attend(q, k, v, bias=bias)))
-        return x + self.ff(self.norm_ff(x)), (k, v)
-
-
-def _behind(cache: Tensor, fed: Tensor, new: Tensor) -> Tensor:
-    """cache (N, H, P, d) with new (N, H, 1, d) at column fed[i] of row i, (N, H, P + 1, d)."""
-    cache = F.pad(cache, (0, 0, 0, 1))
-    cache[torch.arange(len(cache), device=fed.device), :, fed] = new.squeeze(2)
-    return cache
 
 
 class TransformerLM(nn.Module):
@@ -167,7 +151,11 @@ class TransformerLM(nn.Module):
 
     def start(self, num: int) -> TransformerLmState:
         """The state of `num` hypotheses before anything was fed; the first token to feed is <sos/eos>."""
-        return TransformerLmState(0, (), num)
+        layers = [cast(TransformerLmLayer, layer) for layer in self.layers]
+        weight, heads = self.embedding.weight, layers[0].attn.num_heads
+        own = weight.new_empty(0, num, len(layers), 2, heads, weight.shape[1] // heads, dtype=compute_dtype(weight))
+        steps = ((OwnStep.of(layer.norm_attn, layer.attn), FeedForwardStep.of(layer.norm_ff, layer.ff)) for layer in layers)
+        return TransformerLmState(tuple(steps), num, own)
 
     def step(self, tokens: Tensor, state: TransformerLmState) -> tuple[Tensor, TransformerLmState]:
         """Feeds one token to each hypothesis; dropout must be off (eval mode).
@@ -181,14 +169,21 @@ class TransformerLM(nn.Module):
         """
         if len(tokens) != state.num:
             raise ValueError(f"{len(tokens)} tokens for the state of {state.num} hypotheses")
-        start = state.position if state.fed is None else state.fed
-        x = self.position(self.embedding(tokens).unsqueeze(1), start=start)
-        own: list[KeyValue] = []
-        for index, layer in enumerate(self.layers):
-            x, cache = cast(TransformerLmLayer, layer).step(x, state.own[index] if state.own else None, state.fed)
-            own.append(cache)
-        fed = None if state.fed is None else state.fed + 1
-        return self._log_probs(x).squeeze(1), TransformerLmState(state.position + 1, tuple(own), state.num, fed)
+        fed = state.fed
+        start = state.position if fed is None else fed
+        x = self.position(self.embedding(tokens).unsqueeze(1), start=start).squeeze(1)
+        own = state.past(state.position + 1)
+        bias = None if fed is None else padding_bias(length_mask(fed + 1, len(own)), dtype=own.dtype)
+        for index, (attention, feed_forward) in enumerate(state.layers):
+            qkv = attention.project(x)
+            if fed is None:
+                own[state.position, :, index] = qkv[:, 1:]
+            else:
+                own[fed, torch.arange(len(x), device=fed.device), index] = qkv[:, 1:]
+            k, v = own[:, :, index].permute(2, 1, 3, 0, 4)  # (N, H, P, d) each
+            x = feed_forward(attention.add(x, attend(qkv[:, 0].unsqueeze(2), k, v, bias=bias)))
+        new = replace(state, own=own, position=state.position + 1, rows=None, fed=None if fed is None else fed + 1)
+        return self._log_probs(x), new
 
     def _log_probs(self, x: Tensor) -> Tensor:
         """(B, U, D) -> (B, U, V) float32."""
