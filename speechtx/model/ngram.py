@@ -8,7 +8,8 @@ to the root,
     log P(w | h) = log p(h_k w) + sum over j < k of backoff(h_j)      for the first k for which h_k w is in the model,
 
 so that the rows of all hypotheses start as the unigrams' and are overwritten along the arcs of ever longer contexts: work for the
-n-grams that exist, none for those that do not.
+n-grams that exist, none for those that do not. The rows of all contexts together are kept where they are few: then a step is a
+look into two tables.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from speechtx.config.errors import DataError
 from speechtx.text.arpa import BOS, EOS, NEVER, UNK, Arpa
 
 _LN10 = math.log(10.0)
+_TABLE = 2**19  # contexts times tokens up to which the tables are made: 6 MiB, a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class NgramLM(nn.Module):
     unigram: Tensor  # (V,) log P(token)
     after: Tensor  # (V,) the node of a token alone
     alias: Tensor  # (V,) the token that a token is scored as: itself, or <unk>
+    all_scores: Tensor  # (nodes, V) of `scores`, or (0, V) where that were too many
+    all_nodes: Tensor  # (nodes, V) of `advance`, or (0, V)
 
     def __init__(self, *, arpa: Arpa, tokens: Sequence[str], source: str = "n-gram model") -> None:
         super().__init__()
@@ -105,6 +109,11 @@ class NgramLM(nn.Module):
             ("alias", alias, torch.int64),
         ):
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)).to(dtype), persistent=False)
+        nodes = torch.arange(tree.num_nodes if tree.num_nodes * self.vocab_size <= _TABLE else 0)
+        tokens_of = torch.arange(self.vocab_size).repeat(len(nodes))
+        following = self._advance(nodes.repeat_interleave(self.vocab_size), self.alias[tokens_of])
+        self.register_buffer("all_scores", self._scores(nodes), persistent=False)
+        self.register_buffer("all_nodes", following.view(-1, self.vocab_size), persistent=False)
 
     def start(self, num: int) -> NgramState:
         """The state of `num` hypotheses before anything was fed; the first token to feed is <sos/eos>."""
@@ -120,11 +129,21 @@ class NgramLM(nn.Module):
         Returns:
             log-probabilities (N, V) float32 of the next token, -inf for <blank>, and the new state.
         """
-        node = self.advance(state.node, self.alias[tokens] if self.has_aliases else tokens)
+        node = self.advance(state.node, tokens)
         return self.scores(node), NgramState(node)
 
     def advance(self, node: Tensor, tokens: Tensor) -> Tensor:
-        """(N,) nodes of the contexts after `tokens`: the target of the longest suffix's arc, or the token's own node."""
+        """(N,) nodes of the contexts after `tokens` (N,) follow the contexts `node` (N,)."""
+        if len(self.all_nodes):
+            return self.all_nodes[node, tokens]
+        return self._advance(node, self.alias[tokens] if self.has_aliases else tokens)
+
+    def scores(self, node: Tensor) -> Tensor:
+        """(N, V) log-probabilities after the contexts `node` (N,)."""
+        return self.all_scores[node] if len(self.all_scores) else self._scores(node)
+
+    def _advance(self, node: Tensor, tokens: Tensor) -> Tensor:
+        """The target of the longest suffix's arc, or the token's own node."""
         alone = self.after[tokens]
         if not len(self.key):
             return alone
@@ -135,8 +154,8 @@ class NgramLM(nn.Module):
         hit = found.gather(1, longest).squeeze(1) & (tokens != self.vocab_size - 1)
         return torch.where(hit, self.target[arc.gather(1, longest).squeeze(1)], alone)
 
-    def scores(self, node: Tensor) -> Tensor:
-        """(N, V) log-probabilities after the contexts `node` (N,)."""
+    def _scores(self, node: Tensor) -> Tensor:
+        """Unigrams, overwritten along the arcs of ever longer contexts."""
         chain = self.chain[node]
         # behind[:, k]: the back-off weights of all contexts longer than h_k
         behind = torch.nn.functional.pad(self.backoff[chain].cumsum(dim=1), (1, 0))

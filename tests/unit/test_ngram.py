@@ -124,6 +124,23 @@ def test_hypotheses_can_be_reordered_repeated_and_dropped() -> None:
     assert torch.equal(rows[0], scores(lm, [4, 5])) and torch.equal(rows[1], scores(lm, [2, 5]))
 
 
+@pytest.mark.parametrize("listed", [PIECES, [*PIECES[:-2], PIECES[-1]]], ids=["all tokens", "one token as <unk>"])
+def test_a_model_too_large_for_tables_scores_the_same(listed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = [[token for token in sentence if token < len(listed) - 1] for sentence in text(1)]
+    arpa = estimate_ngram(sentences, pieces=listed, order=4).arpa
+    small = model(arpa)
+    monkeypatch.setattr("speechtx.model.ngram._TABLE", 0)
+    large = model(arpa)
+    assert len(small.all_nodes) == len(small.all_scores) > 0 and len(large.all_nodes) == len(large.all_scores) == 0
+    assert small.has_aliases == (listed != PIECES)
+    draw = torch.Generator().manual_seed(0)
+    tokens, states = torch.full((50,), END), [small.start(50), large.start(50)]
+    for _ in range(8):
+        (a, states[0]), (b, states[1]) = small.step(tokens, states[0]), large.step(tokens, states[1])
+        assert torch.equal(a, b) and torch.equal(states[0].node, states[1].node)
+        tokens = torch.randint(1, END, (50,), generator=draw)
+
+
 def test_an_ended_hypothesis_that_is_still_fed_harms_nobody() -> None:
     lm = model(estimate_ngram(text(1), pieces=PIECES, order=3).arpa)
     _, state = lm.step(torch.full((2,), END), lm.start(2))
