@@ -99,7 +99,7 @@ def score_table(experiments: Sequence[ExperimentRecord]) -> list[str]:
 
 
 def describe_search(decode: dict[str, Any]) -> str:
-    """What scored the hypotheses, in a few words: `beam 10, CTC 0.7, LM transformer 0.2, n-gram ngram 0.1`."""
+    """What scored the hypotheses, in a few words: `beam 10, CTC 0.7, LM transformer 0.2, n-gram 0.1`."""
     config = {key: field.default for key, field in DecodeConfig.model_fields.items()} | decode["config"]
     method, weight = config["method"], config["ctc_weight"]
     words = [{"ctc_greedy": "CTC greedy", "mask_ctc": "Mask-CTC"}.get(method, f"{method.replace('_', ' ')} {config['beam']}")]
@@ -111,8 +111,9 @@ def describe_search(decode: dict[str, Any]) -> str:
         words.append("CTC only" if weight else "attention only")
     for key, name in (("lm", "LM"), ("ngram", "n-gram")):
         if config[f"{key}_weight"]:
-            path = (decode.get(key) or {}).get("path", "")
-            words.append(" ".join(filter(None, (name, PurePath(path).name, f"{config[f'{key}_weight']:g}"))))
+            which = PurePath((decode.get(key) or {}).get("path", "")).name
+            which = "" if which == key else which  # "n-gram ngram" says nothing
+            words.append(" ".join(filter(None, (name, which, f"{config[f'{key}_weight']:g}"))))
     if config["hot_words"]:
         words.append(f"{len(config['hot_words'])} hot words")
     members = len(decode.get("members", ()))

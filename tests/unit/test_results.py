@@ -273,3 +273,8 @@ def test_a_search_is_told_in_a_few_words(config: dict[str, Any], words: str) -> 
     ngram = {"path": "lm/3gram.arpa", "sha256": ""} if "ngram_weight" in config else None
     assert describe_search({"config": config, "lm": None, "ngram": ngram}) == words
     assert describe_search({"config": config, "ngram": ngram, "members": [{}, {}]}) == f"{words}, 2 models"
+
+
+def test_the_recipes_own_n_gram_is_not_called_n_gram_twice() -> None:
+    decode = {"config": {"ngram_weight": 0.3}, "ngram": {"path": "exp/lm/train/ngram", "sha256": ""}}
+    assert describe_search(decode) == "beam 10, CTC 0.3, n-gram 0.3"
