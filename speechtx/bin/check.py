@@ -61,8 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value of it"
     )
-    parser.add_argument("--fbank-config", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--decode-config", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--fbank-config", type=Path, required=True, metavar="FILE", help="conf/fbank.yaml")
+    parser.add_argument(
+        "--decode-config", type=Path, action="append", default=[], metavar="FILE", help="conf/decode.yaml; may be repeated"
+    )
     parser.add_argument(
         "--tune",
         type=Path,

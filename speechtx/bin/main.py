@@ -27,7 +27,7 @@ VERBS: tuple[tuple[str, dict[str, str]], ...] = (
     ),
     ("stage 3, tokens", {"tokenizer": "train the sentencepiece model"}),
     ("stage 4, training", {"train": "train a model, or continue where it was stopped"}),
-    ("stages 3 and 4, language models", {"lm": "n-gram and Transformer: ngram, train, perplexity"}),
+    ("stages 3 and 4, language models", {"lm": "n-gram, whole words, Transformer: ngram, lexicon, train, perplexity"}),
     ("stage 5, averaging", {"average": "average the best epochs' weights into model.pt"}),
     (
         "stage 6, recognition",

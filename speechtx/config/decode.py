@@ -57,7 +57,7 @@ class DecodeConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.nbest > self.beam:
-            raise ValueError(f"nbest {self.nbest} exceeds beam {self.beam}")
+            raise ValueError(f"nbest {self.nbest} exceeds beam {self.beam}; raise beam, or ask for fewer hypotheses")
         if self.min_len_ratio > self.max_len_ratio:
             raise ValueError(f"min_len_ratio {self.min_len_ratio} exceeds max_len_ratio {self.max_len_ratio}")
         if self.coverage_weight and self.ctc_weight == 1.0:

@@ -62,9 +62,11 @@ def read_fbank_config(data_dir: str | Path) -> FbankConfig:
     """The configuration the features of `data_dir` were computed with.
 
     Raises:
-        DataError: there is none, so nobody can tell whether the features fit a model.
+        DataError: there is no such directory, or no configuration in it: nobody can tell whether the features fit a model.
     """
     path = Path(data_dir) / "fbank.yaml"
+    if not path.parent.is_dir():
+        raise DataError(f"{path.parent}: no such data directory")
     if not path.is_file():
         raise DataError(f"{path}: missing; features without their configuration are not used, run stage fbank again")
     return load_config(path, FbankConfig)

@@ -107,4 +107,7 @@ def _missing(name: str, config: DecodeConfig) -> str:
     if name == "hot_words":
         return "hot_words are configured, but the search was given no scorer for them; make it with `load_scorers`"
     weight = getattr(config, f"{name}_weight")
-    return f"{name}_weight {weight} needs a language model: give its directory with --{name}, or set {name}_weight: 0.0"
+    return (
+        f"{name}_weight {weight} needs a language model: give its directory with --{name} (in Python {name}=), "
+        f"or set {name}_weight: 0.0"
+    )

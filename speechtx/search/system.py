@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -20,6 +21,8 @@ from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import check_weights
 from speechtx.search.decode import check_method
 from speechtx.search.scorers import Scorers, load_scorers
+
+log = logging.getLogger(__name__)
 
 _REPORTS = (".json", ".jsonl", ".log")  # of a language model's directory: what is told about it, not what it is
 
@@ -125,6 +128,8 @@ class System:
     def load_scorers(self, configs: Sequence[DecodeConfig], device: str) -> list[Scorers]:
         """What each of `configs` gives a weight; a language model that several of them use is opened once.
 
+        One that was given and that none of them weighs is not opened, and a warning says so.
+
         Raises:
             ConfigError, ExperimentError, DataError: see `scorers.load_scorers`.
         """
@@ -136,6 +141,8 @@ class System:
                 only = DecodeConfig(**{f"{name}_weight": getattr(wanting, f"{name}_weight")})
                 opened = load_scorers(only, tokenizer=tokenizer, lm=self.lm, ngram=self.ngram, device=device)
                 shared = replace(shared, **{name: getattr(opened, name)})
+            elif (given := getattr(self, name)) is not None:
+                log.warning("%s is not used: %s_weight is 0", given, name)
         found = []
         for config in configs:
             without = config.model_copy(update={"lm_weight": 0.0, "ngram_weight": 0.0})

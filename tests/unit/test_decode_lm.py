@@ -53,6 +53,18 @@ def summary_of(out: Path) -> dict:
     return json.loads((out / "decode.json").read_text())
 
 
+def test_a_language_model_that_has_no_weight_is_named_as_not_used(exp, data, ngram, caplog):
+    speechtx.load_recognizer(exp, device="cpu", decode=DecodeConfig(beam=3, ngram_weight=0.1), ngram=ngram)
+    assert "is not used" not in caplog.text
+    speechtx.load_recognizer(exp, device="cpu", ngram=ngram)
+    assert f"{ngram} is not used: ngram_weight is 0" in caplog.text
+
+
+def test_a_data_directory_that_is_not_there_is_called_so(exp, tmp_path, capsys):
+    assert decode(exp, tmp_path / "none", tmp_path / "out") == 1
+    assert f"{tmp_path / 'none'}: no such data directory" in capsys.readouterr().err
+
+
 def test_an_ngram_of_the_directory_changes_the_text_and_is_named_with_its_digest(exp, data, ngram, tmp_path):
     weight = ("--set", "ngram_weight=2.0")
     assert decode(exp, data, tmp_path / "with", *weight, "--ngram", str(ngram)) == 0
@@ -87,6 +99,8 @@ def test_another_language_model_at_the_same_place_starts_the_decoding_anew(exp, 
 def test_a_weight_without_its_model_and_a_model_of_another_tokenizer_are_refused(exp, data, ngram, tmp_path, capsys):
     assert decode(exp, data, tmp_path / "out", "--set", "lm_weight=0.5") == 1
     assert "lm_weight 0.5" in capsys.readouterr().err
+    assert decode(exp, data, tmp_path / "out", "--set", "hot_words=AB") == 1
+    assert "hot_words: must be a list, as in [AB]" in capsys.readouterr().err
     (tmp_path / "tok").mkdir()
     train_tokenizer(["xyz zyx w"], config=TokenizerConfig(type="char"), out_dir=tmp_path / "tok")
     foreign = make_lm(tmp_path / "foreign", tmp_path / "tok", "x y z w")

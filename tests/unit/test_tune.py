@@ -148,7 +148,7 @@ def test_results_of_other_data_are_not_scored_as_this_data(exp, dev, ngram, conf
     ("text", "words"),
     [
         ("\nlm_wieght: [1.0]\n", ":2: lm_wieght: unknown key; did you mean 'lm_weight'?"),
-        ("ctc_weight: 0.3\n", ":1: ctc_weight: input should be a valid list"),
+        ("ctc_weight: 0.3\n", ":1: ctc_weight: must be a list, as in [0.3]"),
         ("beam: [3]\nctc_weight: [0.3, 2.0]\n", ":2: ctc_weight.1: input should be less than or equal to 1"),
         ("beam: [1, x]\n", ":1: beam.1: "),
         ("beam: [1, 1]\n", ":1: beam: 1 stands here twice"),
