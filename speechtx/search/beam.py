@@ -120,7 +120,7 @@ class _BeamSearch:
         score, flat = total.view(self.batch, -1).topk(self.beam, dim=1)
         slots, labels = flat // vocab, flat % vocab
         tokens = torch.cat([gather_slots(self.active.tokens, slots), labels.unsqueeze(2)], dim=2)
-        new = Beam(score, self.scores.parts_of(slots, labels), tokens, torch.full_like(labels, self.length + 1))
+        new = Beam(score, self.scores.parts_of(slots, flat), tokens, torch.full_like(labels, self.length + 1))
         ended = labels == self.end_id
         if ended.any() or self.config.end_detection == "recent":
             self._finish(new, ended)

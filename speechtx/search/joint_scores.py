@@ -59,12 +59,11 @@ class JointScores:
         self._states: list[Any] = [scorer.scorer.start(self.batch * self.beam) for scorer in scorers]
         weights |= {scorer.name: scorer.weight for scorer in scorers}
         self.names = tuple(weights)
-        self._weights = tuple(weights.values())
-        self.weights = torch.tensor(self._weights, dtype=torch.float64, device=enc_out.device)
+        self.weights = torch.tensor(list(weights.values()), dtype=torch.float64, device=enc_out.device)
         sums = [name not in ("ctc", "coverage") for name in weights]  # the others say what the whole hypothesis has
         self._sums = torch.tensor(sums, device=enc_out.device)
         self._kept = torch.zeros(0)  # (B, beam, P) what of the parts stays whatever follows
-        self._new: list[Tensor] = []  # (B, beam, V or 1) each, what of them comes with each token
+        self._new = torch.zeros(0)  # (P, N, V) what of them comes with each token
 
     def extend(self, last: Tensor, so_far: Tensor, dead: Tensor) -> Tensor:
         """Scores all extensions.
@@ -85,25 +84,28 @@ class JointScores:
             if self._covered is not None:
                 assert self._decoder_state.looked is not None
                 self._covered = self._covered + self._decoder_state.looked
-                new["coverage"] = (self._covered > self._threshold).sum(dim=1)
+                new["coverage"] = (self._covered > self._threshold).sum(dim=1, keepdim=True).expand_as(new["att"])
         if self._ctc is not None:
             assert self._ctc_state is not None
             new["ctc"], log_end = self._ctc.score(self._ctc_state)
             new["ctc"][:, self.end_id] = log_end
         for i, (name, _, scorer) in enumerate(self._scorers):
             new[name], self._states[i] = scorer.step(last, self._states[i])
-        self._new = [new[name].view(self.batch, self.beam, -1) for name in self.names]
+        self._new = torch.stack([new[name].to(torch.float64) for name in self.names])
         self._kept = torch.where(self._sums, so_far, 0.0)
-        total = (self._kept @ self.weights).masked_fill_(dead, -torch.inf).unsqueeze(2)
-        for weight, scores in zip(self._weights, self._new, strict=True):
-            total = total.add(scores, alpha=weight)
+        kept = (self._kept @ self.weights).masked_fill_(dead, -torch.inf).unsqueeze(2)
+        total = (self.weights @ self._new.flatten(1)).view(self.batch, self.beam, -1).add_(kept)
         return total.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
-    def parts_of(self, slots: Tensor, labels: Tensor) -> Tensor:
-        """The parts (B, beam, P) of extensions that `extend` has just scored: labels (B, beam) of the hypotheses in `slots`."""
-        row = torch.arange(self.batch, device=slots.device).unsqueeze(1)
-        new = [scores[row, slots, labels if scores.shape[2] > 1 else 0] for scores in self._new]
-        return gather_slots(self._kept, slots) + torch.stack([part.double() for part in new], dim=2)
+    def parts_of(self, slots: Tensor, extensions: Tensor) -> Tensor:
+        """The parts (B, beam, P) of extensions that `extend` has just scored.
+
+        Args:
+            slots: (B, beam) of the hypotheses that are extended.
+            extensions: (B, beam) where slot and label stand among the beam * V of an utterance.
+        """
+        new = self._new.view(len(self.names), self.batch, -1)
+        return gather_slots(self._kept, slots) + new.gather(2, extensions.expand(len(new), -1, -1)).permute(1, 2, 0)
 
     def follow(self, rows: Tensor, labels: Tensor) -> None:
         """Makes row i of all states the hypothesis `rows[i]` after it took `labels[i]`."""
