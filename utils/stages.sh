@@ -118,11 +118,11 @@ tuned_config() {
 
 # Adds what a search reads to stage_inputs: model, configurations $@, and the language models that those give a weight.
 list_search_inputs() {
-  local file
+  local file above_zero='.*[1-9]|[[:space:]]*(#|$)' # or the values of a grid, one a line below
   stage_inputs+=(--after "$exp/.stamps/average.json" --in "$exp/model.pt")
   for file; do stage_inputs+=(--config "$file"); done
-  ! grep -qs '^lm_weight:.*[1-9]' "$@" || stage_inputs+=(--after "$lm/.stamps/transformer.json")
-  ! grep -qs '^ngram_weight:.*[1-9]' "$@" || stage_inputs+=(--after "$lm/.stamps/$ngram_name.json")
+  ! grep -qsE "^lm_weight:($above_zero)" "$@" || stage_inputs+=(--after "$lm/.stamps/transformer.json")
+  ! grep -qsE "^ngram_weight:($above_zero)" "$@" || stage_inputs+=(--after "$lm/.stamps/$ngram_name.json")
 }
 
 # Fills stage_inputs with what the stage or step $1 depends on, in the words of `speechtx stamp`.

@@ -350,11 +350,25 @@ calls() {
   [ "$status" -eq 0 ]
   [ "$(calls)" = "lm decode score " ]
   tail -1 "$T/decode_arguments" | grep -q -- '--ngram exp/lm/train/ngram --config conf/decode_lm.yaml'
-  ! grep -q -- '--lm ' "$T/decode_arguments"
+  ! grep -q -- '--lm ' "$T/decode_arguments" || false
   sed -i 's/3/4/' conf/lm.yaml
   run ./run.sh
   [ "$(grep -c '^decode .*decode_lm$' "$T/calls")" -eq 2 ]
   [ "$(grep -c '^decode .*decode$' "$T/calls")" -eq 0 ]
+}
+
+@test "weights are chosen anew for another language model, however the grid is written" {
+  finished
+  printf 'ngram:\n  order: 3\n' >conf/lm.yaml
+  for grid in 'ngram_weight: [0.0, 0.2]' $'ngram_weight:\n  - 0.0\n  - 0.2' $'ngram_weight: # of the n-gram\n  - 0.2'; do
+    echo "$grid" >conf/tune.yaml
+    ./run.sh >/dev/null
+    echo "  text: [data/train]" >>conf/lm.yaml
+    rm "$T/calls"
+    ./run.sh >/dev/null
+    grep -q '^tune ' "$T/calls"
+    sed -i '$d' conf/lm.yaml
+  done
 }
 
 @test "stage 0 is told every decoding configuration and its grid" {
