@@ -56,8 +56,8 @@ experiment() {
   for name in a b; do
     for unit in wer cer ter; do [ -s "exp/decode_test_$name/score_$unit/result.pra" ]; done
   done
-  grep -q '^| test .* a .* 20.00 ' exp/RESULTS.md
-  grep -q '^| test .* b .* 80.00 ' exp/RESULTS.md
+  grep -q '^| test .* a: .* 20.00 ' exp/RESULTS.md
+  grep -q '^| test .* b: .* 80.00 ' exp/RESULTS.md
   grep -q '^> A toy' exp/RESULTS.md
 }
 

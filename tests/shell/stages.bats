@@ -350,7 +350,7 @@ calls() {
   [ "$status" -eq 0 ]
   [ "$(calls)" = "lm decode score " ]
   tail -1 "$T/decode_arguments" | grep -q -- '--ngram exp/lm/train/ngram --config conf/decode_lm.yaml'
-  ! grep -q -- '--lm ' "$T/decode_arguments" || false
+  [[ $(<"$T/decode_arguments") != *"--lm "* ]]
   sed -i 's/3/4/' conf/lm.yaml
   run ./run.sh
   [ "$(grep -c '^decode .*decode_lm$' "$T/calls")" -eq 2 ]
