@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from speechtx.data.loader import FeatureReader
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
 from speechtx.experiment.experiment import Experiment
 from speechtx.search.batch_decoder import BatchDecoder
-from speechtx.search.parts import Decoded, PartWriter, RunKey, data_digest, merge_parts, read_parts
+from speechtx.search.parts import Decoded, PartWriter, RunKey, data_digest, merge_parts, only_one_job, read_parts
 from speechtx.search.progress import Progress
 from speechtx.search.system import System
 
@@ -41,17 +42,15 @@ def decode_job(
         ExperimentError: the experiment is incomplete, or a language model does not fit it.
     """
     share = job_share(system.exp, data_dir, job=job, num_jobs=num_jobs)
-    part = PartWriter(
-        out_dir / "parts" / f"{job}.jsonl",
-        key=run_keys(system, [config], data_dir, num_jobs)[0],
-        device=device,
-        threads=torch.get_num_threads(),
-    )
-    todo = [utterance for utterance in share if utterance.id not in part.done]
-    if part.done:
-        log.info("job %d: %d utterances are decoded already, %d remain", job, len(part.done), len(todo))
+    (key,) = run_keys(system, [config], data_dir, num_jobs)
     results: list[Decoded] = []
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(only_one_job(out_dir, job))
+        part = PartWriter(out_dir / "parts" / f"{job}.jsonl", key=key, device=device, threads=torch.get_num_threads())
+        stack.callback(part.close)
+        todo = [utterance for utterance in share if utterance.id not in part.done]
+        if part.done:
+            log.info("job %d: %d utterances are decoded already, %d remain", job, len(part.done), len(todo))
         if todo:
             decoder = open_decoder(system, [config], data_dir, device)
             with Progress(name=f"job {job}", total=len(todo), path=part.path.with_suffix(".progress")) as progress:
@@ -59,8 +58,6 @@ def decode_job(
                     part.write(batch)
                     results += batch
                     progress.add(batch)
-    finally:
-        part.close()
     return results
 
 

@@ -6,10 +6,13 @@ it is decoded. A job that starts again keeps the lines of a part that says the s
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from speechtx.config.atomic import replacing
 from speechtx.config.errors import DataError
 from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.system import SystemId, sha256
+
+log = logging.getLogger(__name__)
 
 _TABLES = ("feats.scp", "utt2num_frames", "utt2spk", "global_cmvn.ark")  # the statistics change whenever any feature does
 
@@ -67,8 +72,24 @@ def data_digest(data_dir: Path) -> str:
     return hashlib.sha256("".join(tables).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def only_one_job(out_dir: Path, job: int) -> Iterator[None]:
+    """Holds one job's share for this process until the block ends or the process dies; waits while another has it.
+
+    A recipe killed by SIGKILL leaves its jobs at work, and is often started again at once: what they decode is then found done.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with open(out_dir / f".{job}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("%s: another process is at job %d here; waiting for its end", out_dir, job)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class PartWriter:
-    """Appends results to one part, continuing it where it was left."""
+    """Appends results to one part, continuing it where it was left; under `only_one_job`."""
 
     def __init__(self, path: Path, *, key: RunKey, device: str, threads: int) -> None:
         """Continues a part, or begins one anew if it is another decoding's.
@@ -79,7 +100,8 @@ class PartWriter:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         found = read_part(path) if path.is_file() else None
-        kept = [result for result in found.results if result.error is None] if found and found.key == key else []
+        there = found.results if found and found.key == key else []
+        kept = list({result.utt: result for result in there if result.error is None}.values())
         self.done = {result.utt for result in kept}
         if found is not None and found.key == key and len(kept) == len(found.results):
             os.truncate(path, found.num_bytes)  # a line that a kill broke off

@@ -23,7 +23,7 @@ from speechtx.data.manifest import Utterance
 from speechtx.scoring.sclite import score
 from speechtx.search.batch_decoder import BatchDecoder
 from speechtx.search.decode_dir import job_share, merge_jobs, open_decoder, run_keys
-from speechtx.search.parts import PartWriter, data_digest, read_parts
+from speechtx.search.parts import PartWriter, data_digest, only_one_job, read_parts
 from speechtx.search.progress import Progress
 from speechtx.search.system import System
 from speechtx.text.normalize import split_characters, split_words
@@ -76,6 +76,7 @@ def tune_job(
     share = job_share(system.exp, data_dir, job=job, num_jobs=num_jobs)
     keys = run_keys(system, [point.config for point in points], data_dir, num_jobs)
     with ExitStack() as stack:
+        stack.enter_context(only_one_job(out_dir, job))
         parts: list[PartWriter] = []
         for point, key in zip(points, keys, strict=True):
             path = point_dir(out_dir, point.config) / "parts" / f"{job}.jsonl"

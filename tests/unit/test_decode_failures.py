@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from speechtx.data.ark import ArkWriter
 from speechtx.data.loader import FeatureReader
 from speechtx.model.recognizer import Recognizer
 from speechtx.search import memory
+from speechtx.search.parts import only_one_job
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +247,32 @@ def test_a_job_killed_in_the_middle_with_language_models_continues_to_the_same_r
     assert (out / "parts" / "1.jsonl").read_bytes().startswith(kept), "what was there stays as it was"
     assert main(["decode", *options, "--out", str(tmp_path / "whole")]) == 0
     assert (out / "nbest.jsonl").read_bytes() == (tmp_path / "whole" / "nbest.jsonl").read_bytes()
+
+
+def test_a_job_that_a_killed_recipe_left_at_work_is_waited_for_instead_of_doubled(exp, data, good, tmp_path, caplog):
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as pool:
+        with only_one_job(out, 1):
+            second = pool.submit(decode, exp, data, out)
+            deadline = time.monotonic() + 60
+            while "another process is at job 1 here" not in caplog.text and time.monotonic() < deadline and not second.done():
+                time.sleep(0.01)
+            assert f"{out}: another process is at job 1 here" in caplog.text
+            assert not second.done() and not (out / "parts").exists()
+        assert second.result(timeout=60) == 0
+    assert text_of(out) == good
+
+
+def test_a_part_with_results_that_are_there_twice_is_mended_by_running_again(exp, data, good, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert decode(exp, data, out) == 0
+    part = out / "parts" / "1.jsonl"
+    header, *lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(header + b"".join(lines + lines[:2]))
+    assert main(["decode", "--merge", "--data", str(data), "--out", str(out)]) == 1
+    assert "2 utterance(s) were decoded twice" in capsys.readouterr().err
+    assert decode(exp, data, out) == 0
+    assert text_of(out) == good and part.read_bytes() == header + b"".join(lines)
 
 
 def test_a_killed_tuning_keeps_what_it_decoded_and_chooses_the_same(exp, tmp_path, capsys):
