@@ -296,11 +296,13 @@ def check_language_models(path: Path, data: Path, train: TrainConfig | None) -> 
         yield Finding("config", str(err), f"correct {path}")
         return
     yield Finding("config", str(path))
-    for section in (config.ngram, config.transformer):
-        for text in section.text if section else ():
+    for section in (config.ngram, config.lexicon, config.transformer):
+        for text in (*section.text, *getattr(section, "words", ())) if section else ():
             if not Path(text).exists() and data not in Path(text).parents:  # stage 1 may make what lies in data
-                yield Finding("language model", f"{path}: text {text}: no such file or data directory", "correct its path")
+                yield Finding("language model", f"{path}: {text}: no such file or data directory", "correct its path")
     shapes = [f"{config.ngram.order}-gram"] if config.ngram else []
+    if config.lexicon:
+        shapes.append(f"{config.lexicon.order}-gram of whole words" if config.lexicon.order else "list of whole words")
     if config.transformer:
         with torch.device("meta"):
             model = TransformerLM(config=config.transformer, vocab_size=train.tokenizer.vocab_size + 2 if train else 102)

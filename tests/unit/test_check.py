@@ -206,7 +206,12 @@ def test_language_models_are_looked_at_if_there_are_any(folder: Path, capsys: py
     Path("lm.yaml").write_text("ngram: {text: [corpus.txt]}\n")
     status, out = run(capsys, "--lm-config", "lm.yaml")
     assert status == 1
-    assert "text corpus.txt: no such file or data directory" in out
+    assert "lm.yaml: corpus.txt: no such file or data directory" in out
+    Path("lm.yaml").write_text("lexicon: {words: [names.txt]}\n")
+    status, out = run(capsys, "--lm-config", "lm.yaml")
+    assert status == 1
+    assert "lm.yaml: names.txt: no such file or data directory" in out
+    assert "2-gram of whole words" in out
 
 
 def test_milliseconds_that_subsampling_cannot_express_are_shown_with_their_line(

@@ -266,6 +266,7 @@ def test_weights_that_were_chosen_on_a_test_set_are_not_shown_as_a_test(tmp_path
         ({"method": "ctc_beam", "beam": 8, "ngram_weight": 0.5}, "CTC beam 8, n-gram 3gram.arpa 0.5"),
         ({"method": "attention_rescoring", "ctc_weight": 0.5}, "attention rescoring 10, CTC 0.5"),
         ({"ctc_weight": 1.0}, "beam 10, CTC only"),
+        ({"length_bonus": 1.0}, "beam 10, CTC 0.3, length bonus 1"),
         ({"ctc_weight": 0.0, "hot_words": ["A", "B"]}, "beam 10, attention only, 2 hot words"),
     ],
 )
