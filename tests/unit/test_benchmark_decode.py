@@ -56,7 +56,6 @@ def test_a_quick_run_writes_every_table_with_both_sides_and_the_plot(tmp_path, m
     text = (tmp_path / "decode.md").read_text(encoding="utf-8")
     assert text.count("\n## ") == len(parts) + 1  # growth has two
     assert "nan" not in text and "not measured" not in text
-    assert "4 of 4" not in text and "2 of 2" in text  # equal texts of the greedy search: it is the same toolkit here
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
