@@ -12,6 +12,7 @@ Method = Literal["beam", "ctc_beam", "attention_rescoring", "ctc_greedy", "mask_
 
 # What adds to scores or forbids tokens, and the methods that do it. Asked of another method it is an error, never ignored.
 _DONE_BY: dict[str, tuple[Method, ...]] = {
+    "nbest": ("beam", "ctc_beam", "attention_rescoring"),
     "lm_weight": ("beam", "ctc_beam", "attention_rescoring"),
     "ngram_weight": ("beam", "ctc_beam", "attention_rescoring"),
     "length_bonus": ("beam", "ctc_beam", "attention_rescoring"),

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from speechtx.config.atomic import write_text
 
 LOG_EVERY_STEPS = 50
+SHOW_EVERY_SECONDS = 30.0  # where there is no terminal to draw a live line on
 
 
 class Monitor:
@@ -41,7 +42,7 @@ class Monitor:
             from torch.utils.tensorboard import SummaryWriter  # half a second of imports that other ranks need not pay
 
             self.board = SummaryWriter(str(exp / "tensorboard"))
-        self._clock = time.monotonic()
+        self._clock = self._shown = time.monotonic()
         self._done = 0
         self._first = 0
 
@@ -54,6 +55,7 @@ class Monitor:
         self.log.flush()
         self.stream.write(("\r\x1b[K" if self.live else "") + line + "\n")
         self.stream.flush()
+        self._shown = time.monotonic()
 
     def start_epoch(self, index: int) -> None:
         """Restarts the rate, so that evaluation does not count as training time; `index` steps of the epoch are done already."""
@@ -77,6 +79,10 @@ class Monitor:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased again
             self.stream.write("\r\x1b[K" + line[:width])
             self.stream.flush()
+        elif time.monotonic() - self._shown > SHOW_EVERY_SECONDS:
+            self.stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self.stream.flush()
+            self._shown = time.monotonic()
         if step % LOG_EVERY_STEPS == 0:
             self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step} {line}\n")
             self.log.flush()

@@ -1,0 +1,29 @@
+"""What a person sees of training."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from speechtx.training import monitor
+from speechtx.training.monitor import SHOW_EVERY_SECONDS, Monitor
+
+
+def test_without_a_terminal_a_long_epoch_shows_a_line_with_rate_and_eta_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    watch = Monitor(exp=tmp_path, epochs=2, stream=stream)
+    watch.start_epoch(0)
+    for index in range(1, 9):
+        now[0] += SHOW_EVERY_SECONDS / 2.5  # the third step is the first one that is late enough
+        averages = {"loss": 1.0, "ctc": 1.0, "att": 1.0, "acc": 0.5}
+        watch.step(epoch=1, index=index, count=10, amount=1200, step=index, lr=1e-3, averages=averages)
+    watch.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split("epoch 1/2")[1].split()[0] for line in lines] == ["3/10", "6/10"]
+    assert "100 frames/s ETA 0:03:24" in lines[0]  # 17 steps of 12 s remain
