@@ -84,7 +84,7 @@ class System:
             raise ConfigError("--exp: no experiment directory was given")
         if len(exps) > 1 and weights and len(weights) != len(exps):
             raise ConfigError(
-                f"{len(exps)} experiments but {len(weights)} file(s) of weights; give one for each experiment, or none"
+                f"{len(exps)} experiments but {len(weights)} files of weights; give one for each experiment, or none"
             )
         opened = [Experiment.open(path) for path in exps]
         if len(opened) == 1:
