@@ -55,6 +55,14 @@ def require_one_frame(samples: np.ndarray, config: FbankConfig) -> None:
         )
 
 
+def too_many_bins(config: FbankConfig) -> ConfigError:
+    """The error of a filterbank with a bin so narrow that it holds no line of the spectrum."""
+    return ConfigError(
+        f"num_mel_bins {config.num_mel_bins} is too many for frames of {config.frame_length_ms} ms at {config.sample_rate} Hz: "
+        "a bin would hold no line of the spectrum; take fewer bins or longer frames"
+    )
+
+
 class Fbank:
     """Turns samples into features; both backends agree within float32 rounding.
 
@@ -66,7 +74,7 @@ class Fbank:
         backend: which library computes.
 
     Raises:
-        ConfigError: the backend is unknown or not installed.
+        ConfigError: the backend is unknown or not installed, or kaldi-native-fbank refuses as many bins.
     """
 
     def __init__(self, *, config: FbankConfig, backend: Backend = DEFAULT_BACKEND) -> None:
@@ -117,6 +125,10 @@ def _kaldi_native_fbank(config: FbankConfig) -> Callable[[np.ndarray], np.ndarra
     options.mel_opts.num_bins = config.num_mel_bins
     options.mel_opts.low_freq = config.low_freq
     options.mel_opts.high_freq = config.high_freq
+    try:
+        knf.OnlineFbank(options)
+    except ValueError:
+        raise too_many_bins(config) from None
 
     def compute(scaled: np.ndarray) -> np.ndarray:
         extractor = knf.OnlineFbank(options)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from speechtx.config.errors import ConfigError
 from speechtx.config.schema import FbankConfig
-from speechtx.frontend.fbank import Framing
+from speechtx.frontend.fbank import Framing, too_many_bins
 
 
 class BatchFbank:
@@ -26,7 +26,7 @@ class BatchFbank:
         device: where the samples will be.
 
     Raises:
-        ConfigError: `dither` is not 0, or frames are below one sample.
+        ConfigError: `dither` is not 0, frames are below one sample, or a bin is narrower than a line of the spectrum.
     """
 
     def __init__(self, *, config: FbankConfig, device: torch.device) -> None:
@@ -117,6 +117,8 @@ def mel_filters(config: FbankConfig, fft_size: int) -> np.ndarray:
     falling = (edges[2:] - lines) / np.diff(edges)[1:]
     filters = np.maximum(np.minimum(rising, falling), 0.0)
     filters[-1] = 0.0  # Kaldi leaves out the Nyquist frequency
+    if not filters.any(axis=0).all():
+        raise too_many_bins(config)
     return filters.astype(np.float32)
 
 

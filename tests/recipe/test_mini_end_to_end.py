@@ -187,7 +187,7 @@ def choose_weights_on_dev(recipe: Recipe) -> None:
         decoded = json.loads((recipe.exp / "decode_test_decode_lm/decode.json").read_text())
         assert decoded["config"] == chosen["config"] and decoded["ngram"]["path"] == "exp/lm/tiny/ngram"
         page = (recipe.exp / "RESULTS.md").read_text()
-        assert re.search(r"^\| test +\| test +\| decode_lm: beam 3, CTC 0.3,.* n-gram ngram 0.3 +\|", page, re.MULTILINE), page
+        assert re.search(r"^\| test +\| test +\| decode_lm: beam 3, CTC 0.3,.* n-gram 0.3 +\|", page, re.MULTILINE), page
         assert "The decoding weights of decode_lm were chosen on dev" in page
         headers = recipe.run(*stages, epochs=trained_epochs(recipe))
         assert all(headers[step].startswith("up to date") for step in ("tune", "decode", "score"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from test_fbank import CONFIGS, MAX_ERROR, MEAN_ERROR, reference_fbank, synthetic
 
@@ -68,7 +68,10 @@ def test_a_padded_batch_has_the_features_that_stage_fbank_dumps(
     config: FbankConfig, lengths: list[int], start: int, padding: float
 ) -> None:
     waves = [WAVE[start : start + length] for length in lengths]
-    fbank = Fbank(config=config)
+    try:
+        fbank, _ = Fbank(config=config), BatchFbank(config=config, device=CPU)
+    except ConfigError:  # more bins than lines of the spectrum
+        reject()
     for wave, feats in zip(waves, computed(config, waves, padding), strict=True):
         expected = fbank(wave)
         assert feats.shape == expected.shape
@@ -76,6 +79,13 @@ def test_a_padded_batch_has_the_features_that_stage_fbank_dumps(
         loud = expected > expected.max(axis=1, keepdims=True) - 20  # below, float32 has no digits left
         assert error[loud].max() < MAX_ERROR
         assert error[loud].mean() < 2 * MEAN_ERROR  # a few frames of a few bins vary more than an utterance does
+
+
+def test_more_bins_than_the_spectrum_has_lines_are_refused_by_both() -> None:
+    config = FbankConfig(sample_rate=8000, num_mel_bins=42, frame_length_ms=16.0, low_freq=0.0, high_freq=-300.0)
+    for make in (lambda: Fbank(config=config), lambda: BatchFbank(config=config, device=CPU)):
+        with pytest.raises(ConfigError, match="num_mel_bins 42 is too many for frames of 16.0 ms at 8000 Hz"):
+            make()
 
 
 def test_it_agrees_with_kaldi_on_recorded_speech(shared_data: Path) -> None:
