@@ -84,7 +84,7 @@ def test_a_padded_batch_has_the_features_that_stage_fbank_dumps(
 def test_more_bins_than_the_spectrum_has_lines_are_refused_by_both() -> None:
     config = FbankConfig(sample_rate=8000, num_mel_bins=42, frame_length_ms=16.0, low_freq=0.0, high_freq=-300.0)
     for make in (lambda: Fbank(config=config), lambda: BatchFbank(config=config, device=CPU)):
-        with pytest.raises(ConfigError, match="num_mel_bins 42 is too many for frames of 16.0 ms at 8000 Hz"):
+        with pytest.raises(ConfigError, match="num_mel_bins 42 is too many for frames of 16"):
             make()
 
 
