@@ -23,7 +23,7 @@ REQUIRES = [
     # (Apache-2.0) is the alternative behind the same functions, and passes the same tests.
     "kaldiio>=2.18,<3",
     "kaldi_native_io>=1.22,<2",
-    "kaldi-native-fbank>=1.19,<2",  # Kaldi's filterbank without Kaldi
+    "kaldi-native-fbank>=1.23,<2",  # Kaldi's filterbank without Kaldi; earlier ones fill bins that hold no line of the spectrum
     "soundfile>=0.12,<1",  # wav, flac, sphere; brings libsndfile along
     "soxr>=0.5,<2",  # resampling and speed perturbation
     "sentencepiece>=0.2,<0.3",  # BPE, unigram and character tokenizers
