@@ -94,10 +94,10 @@ def test_each_point_gives_what_decoding_with_it_alone_gives(exp, dev, ngram, con
 
 def test_of_equally_good_points_the_smallest_values_win_in_the_order_of_the_file(exp, dev, ngram, conf, tmp_path):
     (conf / "decode.yaml").write_text("method: ctc_greedy\n")
-    (conf / "tune.yaml").write_text("beam: [7, 3, 5]\nfrom_nothing: []\n".replace("from_nothing: []\n", "nbest: [2, 1]\n"))
+    (conf / "tune.yaml").write_text("beam: [7, 3, 5]\nmask_iterations: [9, 8]\n")
     assert tune(exp, dev, ngram, conf, tmp_path / "tune") == 0  # a greedy search reads neither
     report = json.loads((tmp_path / "tune" / "tune.json").read_text())
-    assert report["chosen"] == {"beam": 3, "nbest": 1} and len({point["errors"] for point in report["points"]}) == 1
+    assert report["chosen"] == {"beam": 3, "mask_iterations": 8} and len({point["errors"] for point in report["points"]}) == 1
     assert "6 configurations have as few errors" in (tmp_path / "tune" / "tuned.yaml").read_text()
 
 
