@@ -18,10 +18,11 @@ from speechtx.data.batching import make_batches
 from speechtx.data.loader import FeatureReader, collate
 from speechtx.data.manifest import Utterance
 from speechtx.experiment.experiment import Experiment
+from speechtx.model.memory import is_out_of_memory
 from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import subsampled_length
 from speechtx.search.decode import decode_encoded, why_nothing
-from speechtx.search.memory import bounded_memory, is_out_of_memory, what_was_asked
+from speechtx.search.memory import bounded_memory, what_was_asked
 from speechtx.search.parts import Decoded
 from speechtx.search.scorers import Scorers
 

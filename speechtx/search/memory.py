@@ -8,8 +8,6 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 _SHARE = 0.9  # of what is free now; the rest is for what other processes still ask for
 
 
@@ -31,14 +29,6 @@ def bounded_memory(device: str) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def is_out_of_memory(err: BaseException) -> bool:
-    """Whether an error says that memory was not there, on the CPU or on a GPU."""
-    if isinstance(err, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(err)
-    return isinstance(err, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
 def what_was_asked(err: BaseException) -> str:

@@ -16,11 +16,12 @@ from speechtx.config.errors import AudioError, ConfigError
 from speechtx.frontend.audio import load_audio
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
 from speechtx.frontend.fbank import Fbank
+from speechtx.model.memory import is_out_of_memory
 from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import subsampled_length
 from speechtx.search.decode import decode_batch, why_nothing
 from speechtx.search.hypothesis import Hypothesis
-from speechtx.search.memory import bounded_memory, is_out_of_memory
+from speechtx.search.memory import bounded_memory
 from speechtx.search.system import System, check_search
 
 Audio = str | os.PathLike[str] | tuple[np.ndarray, int]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,19 +14,12 @@ import torch
 from speechtx.config.atomic import replacing
 from speechtx.config.errors import TrainingError
 from speechtx.data.loader import Batch
+from speechtx.model.memory import is_out_of_memory
 
-_CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: (can't allocate memory|not enough memory)")
 ADVICE = (
     "lower training.frames_per_batch (training.accum_steps keeps the size of a step), or training.max_frames if one utterance is "
     "too long by itself, or set training.gradient_checkpointing: true"
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of PyTorch or Python says that memory could not be had, on a GPU or in the machine."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR.search(str(error)) is not None
 
 
 def reset_peak(device: torch.device) -> None:

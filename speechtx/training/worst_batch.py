@@ -14,7 +14,8 @@ import torch
 
 from speechtx.config.errors import TrainingError
 from speechtx.data.loader import Batch
-from speechtx.training.memory import ADVICE, is_out_of_memory, peak_memory, reset_peak, shape_of, total_memory
+from speechtx.model.memory import is_out_of_memory
+from speechtx.training.memory import ADVICE, peak_memory, reset_peak, shape_of, total_memory
 
 if TYPE_CHECKING:
     from speechtx.training.trainer import Trainer
@@ -47,6 +48,8 @@ def scan(trainer: Trainer) -> None:
     ballast = [torch.ones_like(parameter) for parameter in trainer.parameters for _ in range(2)]
     trainer.model.train()
     trainer.model.at_step(trainer.step)
+    encoder = trainer.model.encoder
+    rates, encoder.depth_rates = encoder.depth_rates, [0.0] * len(encoder.depth_rates)  # a draw may leave all layers in
     try:
         for indices in worst_batches(trainer):
             batch = trainer.train_corpus.at_epoch(trainer.epoch).batch(indices)
@@ -58,6 +61,7 @@ def scan(trainer: Trainer) -> None:
             )
     finally:
         del ballast
+        encoder.depth_rates = rates
         with torch.no_grad():
             for name, buffer in trainer.model.named_buffers():
                 buffer.copy_(buffers[name])

@@ -24,6 +24,7 @@ from speechtx.config.errors import AudioError
 from speechtx.config.load import dump_config
 from speechtx.data.ark import ArkWriter
 from speechtx.data.loader import FeatureReader
+from speechtx.model.memory import is_out_of_memory
 from speechtx.model.recognizer import Recognizer
 from speechtx.search import memory
 from speechtx.search.parts import only_one_job
@@ -204,10 +205,10 @@ def test_more_memory_than_is_free_is_an_error_instead_of_a_kill(monkeypatch):
         assert torch.ones(30 << 20, dtype=torch.uint8).sum() > 0
         with pytest.raises((RuntimeError, MemoryError)) as err:
             torch.empty(500 << 20, dtype=torch.uint8)
-    assert memory.is_out_of_memory(err.value) and memory.what_was_asked(err.value) == " (0.5 GiB at once)"
+    assert is_out_of_memory(err.value) and memory.what_was_asked(err.value) == " (0.5 GiB at once)"
     torch.empty(500 << 20, dtype=torch.uint8)  # the limit went with the block
-    assert not memory.is_out_of_memory(RuntimeError("size mismatch"))
-    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."))
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."))
     assert (
         memory.what_was_asked(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")) == " (2.50 GiB at once)"
     )

@@ -54,6 +54,29 @@ def test_the_scan_reports_a_peak_and_leaves_no_trace(data: TrainingData, tmp_pat
     assert all(torch.equal(scanned[name], plain[name]) for name in plain)
 
 
+def test_the_scan_leaves_no_layer_out_and_training_does_again(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, rates = Trainer.forward, []
+
+    def forward(self, batch):
+        if self.model.training:
+            rates.append(max(self.model.encoder.depth_rates))
+        return original(self, batch)
+
+    scan, scanned = worst_batch.scan, []
+
+    def counted(trainer):
+        scan(trainer)
+        scanned.append(len(rates))
+
+    monkeypatch.setattr(Trainer, "forward", forward)
+    monkeypatch.setattr(worst_batch, "scan", counted)
+    train(tiny_config("training.epochs=1", "model.encoder.stochastic_depth=0.5"), data, tmp_path / "exp")
+    assert scanned[0] > 0 and all(rate == 0.0 for rate in rates[: scanned[0]])
+    assert len(rates) > scanned[0] and all(rate == 0.5 for rate in rates[scanned[0] :])
+
+
 def test_a_batch_that_does_not_fit_is_refused_with_the_number_that_does(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
