@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speechtx.config.lm import LmConfig
@@ -76,35 +76,40 @@ def _config(path: Path, overrides: Sequence[str] = ()) -> LmConfig:
     return load_config(path, LmConfig, overrides)
 
 
-def _ngram(args: argparse.Namespace) -> int:
+def _section(args: argparse.Namespace, name: str, example: str) -> Any:
+    """That section of the configuration.
+
+    Raises:
+        ConfigError: there is none.
+    """
     from speechtx.config.errors import ConfigError
+
+    section = getattr(_config(args.config, args.overrides), name)
+    if section is None:
+        raise ConfigError(f"{args.config}: no section {name}; write for example `{name}: {{{example}}}`")
+    return section
+
+
+def _ngram(args: argparse.Namespace) -> int:
     from speechtx.training.ngram import make_ngram
 
-    config = _config(args.config, args.overrides).ngram
-    if config is None:
-        raise ConfigError(f"{args.config}: no section ngram; write for example `ngram: {{order: 3}}`")
+    config = _section(args, "ngram", "order: 3")
     make_ngram(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out)
     return 0
 
 
 def _lexicon(args: argparse.Namespace) -> int:
-    from speechtx.config.errors import ConfigError
     from speechtx.training.lexicon import make_lexicon
 
-    config = _config(args.config, args.overrides).lexicon
-    if config is None:
-        raise ConfigError(f"{args.config}: no section lexicon; write for example `lexicon: {{order: 2}}`")
+    config = _section(args, "lexicon", "order: 2")
     make_lexicon(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out)
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
-    from speechtx.config.errors import ConfigError
     from speechtx.training.lm_train import train_language_model
 
-    config = _config(args.config, args.overrides).transformer
-    if config is None:
-        raise ConfigError(f"{args.config}: no section transformer; write for example `transformer: {{layers: 2}}`")
+    config = _section(args, "transformer", "layers: 2")
     train_language_model(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out, ngpu=args.ngpu)
     return 0
 
