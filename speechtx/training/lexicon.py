@@ -9,14 +9,14 @@ from speechtx.config.atomic import write_text
 from speechtx.config.errors import ConfigError, DataError
 from speechtx.config.lm import LexiconConfig
 from speechtx.config.load import dump_config
-from speechtx.experiment.language_model import ARPA_FILE, LEXICON_FILE, load_language_model
+from speechtx.experiment.language_model import ARPA_FILE, LEXICON_FILE
 from speechtx.text.arpa import BOS, EOS, write_arpa
 from speechtx.text.kneser_ney import estimate_over
 from speechtx.text.lexicon import spell, write_lexicon
 from speechtx.text.normalize import split_words
 from speechtx.text.tokenizer import Tokenizer
 from speechtx.training.lm_text import read_text, read_words
-from speechtx.training.perplexity import Perplexity, perplexity
+from speechtx.training.perplexity import Perplexity, measure
 
 
 def make_lexicon(
@@ -56,10 +56,7 @@ def make_lexicon(
     fixed = ", ".join(map(str, estimate.fallback))
     note = f"; order {fixed}: fixed discounts, there is too little text to estimate them" if fixed else ""
     say(f"{out}: {len(lexicon):,} words, {what}, of {len(sentences):,} sentences{note}")
-    result = perplexity(load_language_model(out, tokens=opened.pieces), read_text((dev,), opened))
-    result.write(out / "perplexity.json")
-    say(str(result))
-    return result
+    return measure(out, read_text((dev,), opened), tokens=opened.pieces, say=say)
 
 
 def _further_words(path: str) -> Sequence[str]:

@@ -17,7 +17,7 @@ from speechtx.config.errors import TrainingError
 from speechtx.config.lm import TransformerLmConfig
 from speechtx.config.load import dump_config, load_config
 from speechtx.data.batching import make_batches
-from speechtx.experiment.language_model import WEIGHTS_FILE, load_language_model
+from speechtx.experiment.language_model import WEIGHTS_FILE
 from speechtx.model.language_model import TransformerLM
 from speechtx.model.losses import IGNORE, decoder_targets
 from speechtx.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from speechtx.training.checkpoint import load_checkpoint, save_checkpoint, save_
 from speechtx.training.lm_text import LmText, read_text
 from speechtx.training.monitor import Monitor
 from speechtx.training.optim import build_optimizer, learning_rate
-from speechtx.training.perplexity import Perplexity, perplexity
+from speechtx.training.perplexity import Perplexity, measure
 from speechtx.training.trainer import seed_step
 
 # What may change between two calls that continue the same training.
@@ -70,10 +70,7 @@ def train_language_model(
             )
             trainer.run()
             prepare.finish_run(out, trainer.seconds)
-            best = load_language_model(out, tokens=opened.pieces, device=world.device)
-            result = perplexity(best, texts[1], device=world.device)
-            result.write(out / "perplexity.json")
-            monitor.say(str(result))
+            result = measure(out, texts[1], tokens=opened.pieces, say=monitor.say, device=world.device)
         finally:
             monitor.close()
     return result

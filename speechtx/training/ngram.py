@@ -8,12 +8,12 @@ from pathlib import Path
 from speechtx.config.atomic import write_text
 from speechtx.config.lm import NgramConfig
 from speechtx.config.load import dump_config
-from speechtx.experiment.language_model import ARPA_FILE, load_language_model
+from speechtx.experiment.language_model import ARPA_FILE
 from speechtx.text.arpa import write_arpa
 from speechtx.text.kneser_ney import estimate_ngram
 from speechtx.text.tokenizer import Tokenizer
 from speechtx.training.lm_text import read_text
-from speechtx.training.perplexity import Perplexity, perplexity
+from speechtx.training.perplexity import Perplexity, measure
 
 
 def make_ngram(
@@ -44,7 +44,4 @@ def make_ngram(
     fixed = ", ".join(map(str, estimate.fallback))
     note = f"; order {fixed}: fixed discounts, there is too little text to estimate them" if fixed else ""
     say(f"{out / ARPA_FILE}: modified Kneser-Ney, {counts} n-grams of order 1 to {config.order}{note}")
-    result = perplexity(load_language_model(out, tokens=opened.pieces), read_text((dev,), opened))
-    result.write(out / "perplexity.json")
-    say(str(result))
-    return result
+    return measure(out, read_text((dev,), opened), tokens=opened.pieces, say=say)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 
 from speechtx.config.atomic import write_text
 from speechtx.config.errors import DataError
+from speechtx.experiment.language_model import load_language_model
 from speechtx.model.language_model import LanguageModel
 from speechtx.model.lexicon import LexiconLM
 from speechtx.training.lm_text import LmText
@@ -101,6 +103,16 @@ def perplexity(model: LanguageModel, text: LmText, *, device: str | torch.device
             log_prob += float(scores.gather(1, last.unsqueeze(1)).double().sum())
     left_out = sum(outside), sum(map(bool, outside))
     return Perplexity(text.name, len(sentences), text.words, text.tokens, text.unknown, log_prob, *left_out)
+
+
+def measure(
+    out: Path, text: LmText, *, tokens: Sequence[str], say: Callable[[str], None], device: str | torch.device = "cpu"
+) -> Perplexity:
+    """What a language model's directory makes of a text, read from its files as a search will; said, and kept beside it."""
+    result = perplexity(load_language_model(out, tokens=tokens, device=device), text, device=device)
+    result.write(out / "perplexity.json")
+    say(str(result))
+    return result
 
 
 def _exp(x: float) -> float:
