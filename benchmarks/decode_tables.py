@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.decode_bench import COMPARED, JOINT, SPREAD, Bench, compared, milliseconds
+from benchmarks.decode_bench import COMPARED, HOW, JOINT, SPREAD, Bench, compared, milliseconds, milliseconds_a_step
 from benchmarks.decode_case import VOCAB, random_case
 from benchmarks.decode_workers import OURS, Times, Worker, quartiles, ratios, take_turns
 
@@ -29,16 +29,20 @@ def measure_forced(bench: Bench) -> None:
         with ExitStack() as stack:
             workers = bench.workers(stack, path)
             for name, (config, goals) in searches.items():
-                request = {"utts": utts, "config": config, "encode": False, "forced": True}
-                times = take_turns({t: milliseconds(w, steps, **request) for t, w in workers.items()}, rounds=bench.rounds)
-                rows.append([shape, name, *compared(times, goals.get(shape, "-"))])
+                request = {"config": config, "encode": False, "forced": True}
+                asked = {t: milliseconds(w, steps, utts=utts, **request) for t, w in workers.items()}
+                everything = list(range(len(case.feats)))
+                asked["batches"] = milliseconds_a_step(workers["ours"], utts=everything, batched=True, **request)
+                times = take_turns(asked, rounds=bench.rounds)
+                rows.append([shape, name, "one by one", *compared(times, goals.get(shape, "-"))])
+                rows.append([shape, name, "batches", *compared(times, goals.get(shape, "-"), ours="batches")])
     bench.report.add(
-        f"Search of a given length, ms for one step of one utterance (1 thread; {bench.utts} utterances one by one)",
-        ["shape", "search", *COMPARED],
+        f"Search of a given length, ms for one step of one utterance (1 thread; {bench.utts} utterances, in batches all)",
+        ["shape", "search", "how", *COMPARED],
         rows,
         "The search alone, on the encoder's output. Both toolkits have the same random weights, with a bias of -10,000 for the "
         "end of the sentence in the decoder's output layer, so that nothing ends before the limit, and the same limit: as many "
-        f"steps as the reference has tokens, and one. {SPREAD}",
+        f"steps as the reference has tokens, and one (in batches the utterances have that many together). {HOW} {SPREAD}",
     )
 
 
@@ -56,28 +60,32 @@ def measure_whole(bench: Bench) -> None:
         with ExitStack() as stack:
             workers = bench.workers(stack, path)
             for search, (config, goal) in searches.items():
-                request = {"utts": utts, "config": config, "encode": True, "forced": forced}
-                times = take_turns(
-                    {t: milliseconds(w, len(utts), **request) for t, w in workers.items()}, rounds=bench.rounds if forced else 3
-                )
+                request = {"config": config, "encode": True, "forced": forced}
+                asked = {t: milliseconds(w, len(utts), utts=utts, **request) for t, w in workers.items()}
+                together = {"utts": list(range(len(case.feats))), "batched": True, **request}
+                asked["batches"] = milliseconds(workers["ours"], len(case.feats), **together)
+                times = take_turns(asked, rounds=bench.rounds if forced else min(bench.rounds, 3))
                 what = f"{name}, {search}" + (", given length" if forced and search != "CTC greedy" else "")
-                rows.append([what, str(len(utts)), *compared(times, goal), _agreement(workers, request)])
+                agreed = ["-", "-"] if forced else _agreements(workers, utts, request)
+                rows.append([what, "one by one", str(len(utts)), *compared(times, goal), agreed[0]])
+                rows.append([what, "batches", str(len(case.feats)), *compared(times, goal, ours="batches"), agreed[1]])
     bench.report.add(
-        "Whole utterances from features, one by one, ms an utterance (1 thread)",
-        ["model, search", "utterances", *COMPARED, "equal texts"],
+        "Whole utterances from features, ms an utterance (1 thread)",
+        ["model, search", "how", "utterances", *COMPARED, "equal texts"],
         rows,
         "Encoder included. `trained` is the experiment that was named, its weights in ESPnet2's modules too, searched freely. "
         "The other models have random weights, which know no end, so the length is given as above, and no texts to compare. "
-        f"{SPREAD}",
+        f"{HOW} {SPREAD}",
     )
 
 
-def _agreement(workers: dict[str, Worker], request: dict[str, object]) -> str:
-    """How many utterances both toolkits give the same tokens; means something with a trained model only."""
-    if len(workers) < 2 or request["forced"]:
-        return "-"
-    ours, theirs = (worker.ask("search", **request)["tokens"] for worker in workers.values())
-    return f"{sum(a == b for a, b in zip(ours, theirs, strict=True))} of {len(ours)}"
+def _agreements(workers: dict[str, Worker], utts: list[int], request: dict[str, object]) -> list[str]:
+    """How many utterances both toolkits give the same tokens, ours one by one and in batches; for a trained model."""
+    if "ESPnet2" not in workers:
+        return ["-", "-"]
+    theirs = workers["ESPnet2"].ask("search", utts=utts, **request)["tokens"]
+    found = [workers["ours"].ask("search", utts=utts, batched=batched, **request)["tokens"] for batched in (False, True)]
+    return [f"{sum(a == b for a, b in zip(ours, theirs, strict=True))} of {len(utts)}" for ours in found]
 
 
 def measure_fusion(bench: Bench) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.decode_case import Case
 from benchmarks.decode_workers import peak_mib, serve
@@ -18,6 +19,7 @@ from speechtx.config.lm import TransformerLmConfig
 from speechtx.experiment.language_model import load_language_model
 from speechtx.model.language_model import LanguageModel, TransformerLM
 from speechtx.model.recognizer import Recognizer
+from speechtx.search.batch_decoder import decoding_batches
 from speechtx.search.decode import decode_encoded
 from speechtx.search.scorers import Scorers
 
@@ -32,7 +34,7 @@ class _Decoding:
         self.case = Case.load(path)
         self.model: Recognizer = self.case.recognizer()
         self.clock = time.process_time if threads == 1 else time.perf_counter
-        self.encoded = cache(self.encode)
+        self.kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def lm(self) -> LanguageModel:
@@ -50,14 +52,22 @@ class _Decoding:
         """What has a weight, opened when it is first needed."""
         return Scorers(lm=self.lm if config.lm_weight else None, ngram=self.ngram if config.ngram_weight else None)
 
-    def encode(self, utt: int) -> tuple[Tensor, Tensor]:
-        feats = self.case.feats[utt]
-        return self.model.encode(feats.unsqueeze(0), torch.tensor([len(feats)]))
+    def encode(self, utts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        feats = [self.case.feats[utt] for utt in utts]
+        return self.model.encode(pad_sequence(feats, batch_first=True), torch.tensor([len(one) for one in feats]))
 
-    def limited(self, config: DecodeConfig, utt: int) -> DecodeConfig:
-        """As many tokens as the reference has: with weights that never end a sentence it is exactly that many."""
-        frames = int(self.encoded(utt)[1])
-        return config.model_copy(update={"max_len_ratio": (self.case.tokens[utt] + 0.5) / frames})
+    def encoded(self, utts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if tuple(utts) not in self.kept:
+            self.kept[tuple(utts)] = self.encode(utts)
+        return self.kept[tuple(utts)]
+
+    def limited(self, config: DecodeConfig, utts: Sequence[int]) -> DecodeConfig:
+        """As many tokens as the references have: with weights that never end a sentence it is exactly that many.
+
+        Utterances of one batch share a limit for each frame, so there it is as many as they have together, nearly.
+        """
+        tokens = sum(self.case.tokens[utt] + 0.5 for utt in utts)
+        return config.model_copy(update={"max_len_ratio": tokens / int(self.encoded(utts)[1].sum())})
 
 
 _decoding: list[_Decoding] = []
@@ -69,29 +79,38 @@ def load(case: str, threads: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def search(utts: Sequence[int], config: dict[str, Any], encode: bool, forced: bool) -> dict[str, Any]:
-    """Decodes utterances one by one.
+def search(utts: Sequence[int], config: dict[str, Any], encode: bool, forced: bool, batched: bool = False) -> dict[str, Any]:
+    """Decodes utterances.
 
     Args:
         utts: which.
         config: fields of `DecodeConfig`.
         encode: whether the encoder counts; otherwise its output is kept from a first call that does not count.
         forced: to the length of the reference.
+        batched: in the batches of `speechtx decode`, instead of one by one.
     """
     decoding = _decoding[0]
     parsed = DecodeConfig.model_validate(config)
     scorers = decoding.scorers(parsed)
-    configs = [decoding.limited(parsed, utt) if forced else parsed for utt in utts]
+    batches = [[place] for place in range(len(utts))]
+    if batched:
+        batches = decoding_batches([len(decoding.case.feats[utt]) for utt in utts], parsed)
+    groups = [[utts[place] for place in places] for places in batches]
+    configs = [decoding.limited(parsed, group) if forced else parsed for group in groups]
     if not encode:
-        for utt in utts:
-            decoding.encoded(utt)
+        for group in groups:
+            decoding.encoded(group)
     found = []
     start = decoding.clock()
-    for utt, one in zip(utts, configs, strict=True):
-        encoded = decoding.encode(utt) if encode else decoding.encoded(utt)
+    for group, one in zip(groups, configs, strict=True):
+        encoded = decoding.encode(group) if encode else decoding.encoded(group)
         found.append(decode_encoded(decoding.model, *encoded, one, scorers))
     seconds = decoding.clock() - start
-    return {"seconds": seconds, "tokens": [nbest[0].tokens if nbest else [] for ((nbest),) in found]}
+    tokens: list[Sequence[int]] = [()] * len(utts)
+    for places, nbests in zip(batches, found, strict=True):
+        for place, nbest in zip(places, nbests, strict=True):
+            tokens[place] = nbest[0].tokens if nbest else ()
+    return {"seconds": seconds, "tokens": tokens}
 
 
 def memory() -> dict[str, Any]:

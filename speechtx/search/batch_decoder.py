@@ -31,6 +31,15 @@ _MAX_UTTS = 64  # utterances a batch; more gains nothing and costs memory in bea
 log = logging.getLogger(__name__)
 
 
+def decoding_batches(num_frames: Sequence[int], config: DecodeConfig) -> list[list[int]]:
+    """The places of utterances of these lengths that are decoded together: those longer than `frames_per_batch` alone, first."""
+    budget = config.frames_per_batch
+    alone = [[place] for place, frames in enumerate(num_frames) if frames > budget]
+    others = [place for place, frames in enumerate(num_frames) if frames <= budget]
+    batches = make_batches([num_frames[place] for place in others], frames_per_batch=budget, max_utts=_MAX_UTTS)
+    return alone + [[others[i] for i in batch] for batch in batches]
+
+
 @dataclass(frozen=True)
 class _Read:
     """An utterance, its normalised features (T, F), and the seconds that reading them took."""
@@ -70,12 +79,8 @@ class BatchDecoder:
         the results. An utterance that cannot be decoded is logged and gets an empty n-best list with the cause. If memory runs
         out, the utterances of the batch are decoded one by one, and only those that still do not fit fail.
         """
-        budget = self.configs[0].frames_per_batch
-        for utterance in (u for u in utterances if u.num_frames > budget):
-            yield from self._batch([utterance])
-        others = [u for u in utterances if u.num_frames <= budget]
-        for indices in make_batches([u.num_frames for u in others], frames_per_batch=budget, max_utts=_MAX_UTTS):
-            yield from self._batch([others[i] for i in indices])
+        for places in decoding_batches([u.num_frames for u in utterances], self.configs[0]):
+            yield from self._batch([utterances[place] for place in places])
 
     def _batch(self, utterances: Sequence[Utterance]) -> Iterator[tuple[int, list[Decoded]]]:
         readable: list[_Read] = []
