@@ -288,6 +288,7 @@ class NoiseConfig(Section):
 class PerturbConfig(Section):
     """Changes of the features before CMVN, drawn anew for each utterance and epoch, in training only; zeros change nothing."""
 
+    tempo: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0  # rate of speech, uniform in 1 +- this, the pitch kept (Ko et al. 2015)
     vtlp: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0  # vocal tract length, uniform in 1 +- this (Jaitly and Hinton 2013)
     volume_db: NonNegativeFloat = 0.0  # level, uniform in +- this; with cmvn: utterance it cancels
     noise: NoiseConfig | None = None

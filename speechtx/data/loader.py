@@ -22,11 +22,11 @@ from speechtx.config.schema import FeaturesConfig, SpecAugmentConfig
 from speechtx.data.ark import read_matrix, read_scp
 from speechtx.data.manifest import Utterance
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
-from speechtx.frontend.perturb_features import FeaturePerturbation
-from speechtx.frontend.specaugment import spec_augment
+from speechtx.frontend.perturb_features import FeaturePerturbation, draw_tempo
+from speechtx.frontend.specaugment import read_at, spec_augment
 
 # Numbers of random streams of an utterance, each for the first view; 0 would be the stream without a number.
-MASKS, PERTURBATION = 1, 3
+MASKS, PERTURBATION, TEMPO = 1, 3, 5
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,11 @@ class Corpus(Dataset[Batch | DataError]):
         reader: reads and normalises features.
         specaugment: masks to draw, None for none.
         perturb: changes the features before they are normalised, None for none.
+        shortest: frames of each row that a faster tempo must leave; needed only where `perturb` has one.
         seed: of the masks and changes.
-        views: how many times each utterance is in a batch, perturbed and masked anew each time, but with the same time warp, so
-            that frames correspond. A batch of N utterances has views * N rows: all in their first view, then all in their second.
+        views: how many times each utterance is in a batch, perturbed and masked anew each time, but with the same tempo and time
+            warp, so that frames correspond. A batch of N utterances has views * N rows: all in their first view, then all in
+            their second.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Corpus(Dataset[Batch | DataError]):
         reader: FeatureReader,
         specaugment: SpecAugmentConfig | None = None,
         perturb: FeaturePerturbation | None = None,
+        shortest: Sequence[int] = (),
         seed: int = 0,
         views: int = 1,
     ) -> None:
@@ -145,6 +148,7 @@ class Corpus(Dataset[Batch | DataError]):
         self.reader = reader
         self.specaugment = specaugment
         self.perturb = perturb
+        self.shortest = shortest
         self.seed = seed
         self.views = views
         self.epoch = 0
@@ -191,6 +195,10 @@ class Corpus(Dataset[Batch | DataError]):
         feats = self.reader.read(utterance)
         if self.perturb is None:
             return [self.reader.normalise(utterance, feats)] * self.views
+        if self.perturb.config.tempo:
+            rng = self._generator(index, TEMPO)
+            position = draw_tempo(len(feats), self.perturb.config.tempo, rng, shortest=self.shortest[index])
+            feats = feats if position is None else read_at(feats, position)
         views = []
         for number in range(self.views):
             rng = self._generator(index, PERTURBATION + number)

@@ -1,4 +1,4 @@
-"""Perturbation of log mel energies before normalisation: another vocal tract, noise, another level."""
+"""Perturbation of log mel energies before normalisation: another tempo, another vocal tract, noise, another level."""
 
 from __future__ import annotations
 
@@ -45,6 +45,22 @@ class FeaturePerturbation:
         if self.config.volume_db:
             feats = feats + np.float32(DECIBEL * rng.uniform(-self.config.volume_db, self.config.volume_db))
         return feats
+
+
+def draw_tempo(num_frames: int, tempo: float, rng: np.random.Generator, *, shortest: int) -> np.ndarray | None:
+    """Where in an utterance of T frames each of T' frames is read when it is spoken faster or slower.
+
+    Args:
+        num_frames: T.
+        tempo: the rate is uniform in 1 +- this, T' is T / rate.
+        rng: where randomness comes from.
+        shortest: T' is at least this, what the transcript needs.
+
+    Returns:
+        (T',) float64, between 0 and T - 1; None where T' is T.
+    """
+    faster = max(round(num_frames / rng.uniform(1.0 - tempo, 1.0 + tempo)), min(shortest, num_frames))
+    return None if faster == num_frames or num_frames < 2 else np.linspace(0, num_frames - 1, faster)
 
 
 def warp_frequency(feats: np.ndarray, alpha: float, fbank: FbankConfig) -> np.ndarray:

@@ -58,7 +58,7 @@ def spec_augment(
     """
     num_frames, num_bins = feats.shape
     drawn = draw(num_frames, num_bins, config, rng, mask_rng)
-    augmented = feats.copy() if drawn.position is None else _read_at(feats, drawn.position)
+    augmented = feats.copy() if drawn.position is None else read_at(feats, drawn.position)
     augmented[:, ~drawn.keep_bins] = 0.0
     augmented[~drawn.keep_frames] = 0.0
     return augmented
@@ -92,8 +92,8 @@ def _time_warp(num_frames: int, window: int, rng: np.random.Generator) -> np.nda
     return np.interp(np.arange(num_frames), [0, moved, num_frames - 1], [0, centre, num_frames - 1])
 
 
-def _read_at(feats: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Linear interpolation between frames."""
+def read_at(feats: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """(T', F): features (T, F), T at least 2, linearly interpolated between frames at positions (T',) in [0, T - 1]."""
     left = np.minimum(position.astype(np.intp), len(feats) - 2)
     weight = (position - left).astype(feats.dtype)[:, None]
     warped = feats[left]

@@ -27,9 +27,9 @@ def subsampled_length(length: LengthT, factor: int) -> LengthT:
     return length.clamp(min=0) if isinstance(length, Tensor) else max(length, 0)
 
 
-def min_frames(factor: int) -> int:
-    """The receptive field of one subsampled frame, and the fewest frames that leave one: 7, 11 or 15."""
-    frames = 1
+def min_frames(factor: int, outputs: int = 1) -> int:
+    """The receptive field of so many subsampled frames, and the fewest frames that leave them: 7, 11 or 15 for one."""
+    frames = outputs
     for width, stride in reversed(CONVOLUTIONS[factor]):
         frames = (frames - 1) * stride + width
     return frames

@@ -31,7 +31,7 @@ from speechtx.data.waveforms import WaveformCorpus, training_sources
 from speechtx.experiment.experiment import Experiment
 from speechtx.frontend.perturb_features import FeaturePerturbation
 from speechtx.model.losses import ctc_min_frames
-from speechtx.model.subsampling import subsampled_length
+from speechtx.model.subsampling import min_frames, subsampled_length
 from speechtx.text.tokenizer import Tokenizer
 
 # What may change between two calls that continue the same experiment.
@@ -201,7 +201,7 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
         if selection.left_out:
             line += f"; {len(selection.left_out)} left out, for example {' '.join(selection.left_out[0])} (all in {report})"
         notes.append(line)
-        augmentation = _augmentation(config, experiment.fbank) if name == "train" else {}
+        augmentation = _augmentation(config, experiment.fbank, selection) if name == "train" else {}
         kind: Callable[..., Corpus] = Corpus
         if name == "train" and config.training.waveforms:
             sources = training_sources(directory, selection.utterances)
@@ -212,12 +212,14 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
     return corpora[0], corpora[1], notes
 
 
-def _augmentation(config: TrainConfig, fbank: FbankConfig) -> dict[str, Any]:
+def _augmentation(config: TrainConfig, fbank: FbankConfig, selection: Selection) -> dict[str, Any]:
     """What the training corpus does to its features and the dev corpus does not."""
     perturb = config.training.perturb
+    factor = config.model.encoder.subsampling.factor
     return {
         "specaugment": config.training.specaugment,
         "perturb": FeaturePerturbation(config=perturb, fbank=fbank) if perturb != PerturbConfig() else None,
+        "shortest": [min_frames(factor, ctc_min_frames(ids)) for ids in selection.tokens] if perturb.tempo else (),
         "views": 2 if config.training.consistency is not None else 1,
     }
 

@@ -8,9 +8,12 @@ training: what does not fit is refused, with the size that would.
 from __future__ import annotations
 
 import gc
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from speechtx.config.errors import TrainingError
 from speechtx.data.loader import Batch
@@ -52,7 +55,7 @@ def scan(trainer: Trainer) -> None:
     rates, encoder.depth_rates = encoder.depth_rates, [0.0] * len(encoder.depth_rates)  # a draw may leave all layers in
     try:
         for indices in worst_batches(trainer):
-            batch = trainer.train_corpus.at_epoch(trainer.epoch).batch(indices)
+            batch = at_slowest(trainer, indices, trainer.train_corpus.at_epoch(trainer.epoch).batch(indices))
             reset_peak(device)
             if not fits(trainer, batch):
                 raise _too_large(trainer, indices, batch)
@@ -65,6 +68,16 @@ def scan(trainer: Trainer) -> None:
         with torch.no_grad():
             for name, buffer in trainer.model.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+def at_slowest(trainer: Trainer, indices: list[int], batch: Batch) -> Batch:
+    """The batch as long as the slowest tempo that can be drawn makes it; what it is filled up with needs as much memory."""
+    tempo = trainer.train_config.perturb.tempo
+    if tempo == 0.0:
+        return batch
+    lengths = [math.ceil(trainer.train_corpus.utterances[i].num_frames / (1.0 - tempo)) for i in indices]
+    feats = F.pad(batch.feats, (0, 0, 0, max(lengths) - batch.feats.shape[1]))
+    return replace(batch, feats=feats, feat_lens=torch.tensor(lengths * trainer.train_corpus.views))
 
 
 def fits(trainer: Trainer, batch: Batch) -> bool:
@@ -89,7 +102,7 @@ def _too_large(trainer: Trainer, indices: list[int], batch: Batch) -> TrainingEr
     most, too_many = 0, len(indices)
     while too_many - most > 1:
         middle = (most + too_many) // 2
-        if fits(trainer, trainer.train_corpus.batch(indices[:middle])):
+        if fits(trainer, at_slowest(trainer, indices[:middle], trainer.train_corpus.batch(indices[:middle]))):
             most = middle
         else:
             too_many = middle

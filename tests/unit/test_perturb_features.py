@@ -17,12 +17,19 @@ from speechtx.data.loader import Corpus, FeatureReader
 from speechtx.data.manifest import load_manifest
 from speechtx.experiment.experiment import Experiment
 from speechtx.frontend.fbank import Fbank
-from speechtx.frontend.perturb_features import FeaturePerturbation, add_noise, make_noise, warp_frequency, warped
+from speechtx.frontend.perturb_features import (
+    FeaturePerturbation,
+    add_noise,
+    draw_tempo,
+    make_noise,
+    warp_frequency,
+    warped,
+)
 from speechtx.training.prepare import TrainingData, build_corpora
 from speechtx.training.train import train
 
 FBANK = FbankConfig()
-EVERYTHING = PerturbConfig(vtlp=0.1, volume_db=6.0, noise=NoiseConfig(probability=1.0))
+EVERYTHING = PerturbConfig(tempo=0.2, vtlp=0.1, volume_db=6.0, noise=NoiseConfig(probability=1.0))
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,7 @@ def make_corpus(data: TrainingData, perturb: PerturbConfig | None, *, epoch: int
         tokens=[[1, 2]] * len(utterances),
         reader=FeatureReader(config=FeaturesConfig(cmvn=cmvn), num_mel_bins=BINS, data_dir=data.train),
         perturb=perturb and FeaturePerturbation(config=perturb, fbank=FbankConfig(num_mel_bins=BINS)),
+        shortest=[11] * len(utterances),
         seed=5,
     ).at_epoch(epoch)
 
@@ -46,6 +54,44 @@ def noise_of(samples: int, seed: int, tilt: float) -> np.ndarray:
     white = np.random.default_rng(seed).normal(size=samples)
     spectrum = np.fft.rfft(white) * np.linspace(1.0, tilt, samples // 2 + 1)
     return (0.05 * np.fft.irfft(spectrum, samples)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ tempo
+
+
+@given(num_frames=st.integers(1, 500), tempo=st.floats(0.01, 0.5), shortest=st.integers(1, 400), seed=st.integers(0, 1000))
+def test_another_tempo_keeps_both_ends_and_never_leaves_fewer_frames_than_the_transcript_needs(
+    num_frames: int, tempo: float, shortest: int, seed: int
+) -> None:
+    position = draw_tempo(num_frames, tempo, np.random.default_rng(seed), shortest=shortest)
+    if position is None:
+        return
+    assert (position[0], position[-1]) == (0, num_frames - 1)
+    assert (np.diff(position) > 0).all()
+    assert len(position) >= min(shortest, num_frames)
+    assert len(position) <= np.ceil(num_frames / (1 - tempo))
+    assert len(position) >= np.floor(num_frames / (1 + tempo))
+
+
+def test_tempo_is_uniform_about_one() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw_tempo(1000, 0.25, rng, shortest=1) for _ in range(2000)]
+    rates = [1.0 if position is None else 1000 / len(position) for position in drawn]
+    assert np.quantile(rates, [0.0, 0.25, 0.5, 0.75, 1.0]) == pytest.approx([0.75, 0.875, 1.0, 1.125, 1.25], abs=0.02)
+
+
+def test_faster_speech_keeps_its_spectrum_where_faster_sound_moves_it(data: TrainingData) -> None:
+    plain, other = (make_corpus(data, perturb).batch([3]).feats[0] for perturb in (None, PerturbConfig(tempo=0.5)))
+    assert len(other) != len(plain)
+    stretched = torch.nn.functional.interpolate(plain.T[None], size=len(other), mode="linear", align_corners=True)[0].T
+    assert torch.allclose(other, stretched, atol=1e-4)
+
+
+def test_views_of_an_utterance_have_one_tempo_so_that_frames_correspond(data: TrainingData) -> None:
+    corpus = make_corpus(data, PerturbConfig(tempo=0.5))
+    corpus.views = 2
+    first, second = corpus.batch([3, 5]).feats.chunk(2)
+    assert torch.equal(first, second)
 
 
 # ------------------------------------------------------------------------------------------------ vocal tract length
@@ -152,9 +198,8 @@ def test_probability_decides_how_often_noise_is_added() -> None:
 
 def test_draws_belong_to_the_utterance_and_the_epoch_not_to_the_batch(data: TrainingData) -> None:
     corpus = make_corpus(data, EVERYTHING)
-    length = corpus.utterances[3].num_frames
     alone = corpus.batch([3]).feats[0]
-    assert torch.equal(alone, corpus.batch([0, 3, 7]).feats[1, :length])
+    assert torch.equal(alone, corpus.batch([0, 3, 7]).feats[1, : len(alone)])
     assert not torch.equal(alone, make_corpus(data, EVERYTHING, epoch=2).batch([3]).feats[0])
     assert not torch.equal(alone, make_corpus(data, None).batch([3]).feats[0])
 
@@ -188,7 +233,9 @@ def test_the_list_of_regularisers_in_the_tests_of_resuming_has_all_of_these() ->
     assert tiny_config(*REGULARISERS).training.perturb.model_dump(exclude_defaults=True).keys() == EVERYTHING.model_dump().keys()
 
 
-@pytest.mark.parametrize("override", ["vtlp=0.6", "vtlp=-0.1", "volume_db=-1", "noise.snr_db=[20, 5]", "noise.source=street"])
+@pytest.mark.parametrize(
+    "override", ["vtlp=0.6", "tempo=0.6", "vtlp=-0.1", "volume_db=-1", "noise.snr_db=[20, 5]", "noise.source=street"]
+)
 def test_values_that_make_no_sense_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=r"training\.perturb\." + override.split("=")[0].split(".")[0]):
         tiny_config(f"training.perturb.{override}")

@@ -9,6 +9,7 @@ import torch
 from toy_corpus import make_training_data, tiny_config
 
 from speechtx.config.errors import TrainingError
+from speechtx.data.manifest import load_manifest
 from speechtx.training import memory, worst_batch
 from speechtx.training.checkpoint import load_checkpoint
 from speechtx.training.distributed import World
@@ -75,6 +76,19 @@ def test_the_scan_leaves_no_layer_out_and_training_does_again(
     train(tiny_config("training.epochs=1", "model.encoder.stochastic_depth=0.5"), data, tmp_path / "exp")
     assert scanned[0] > 0 and all(rate == 0.0 for rate in rates[: scanned[0]])
     assert len(rates) > scanned[0] and all(rate == 0.5 for rate in rates[scanned[0] :])
+
+
+def test_the_scan_tries_the_slowest_tempo_that_can_be_drawn(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(worst_batch, "fits", lambda trainer, batch: tried.append(batch) or True)
+    train(tiny_config("training.epochs=1", "training.perturb.tempo=0.5", "training.consistency.weight=0.1"), data, tmp_path)
+    frames = {utterance.id: utterance.num_frames for utterance in load_manifest(data.train)}
+    assert tried
+    for batch in tried:
+        assert batch.feat_lens.tolist() == [2 * frames[key] for key in batch.ids]
+        assert batch.feats.shape[1] == batch.feat_lens.max()
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_number_that_does(

@@ -41,6 +41,7 @@ REGULARISERS = [
     "model.intermediate_ctc.layers=[1]",
     "model.intermediate_ctc.condition=true",
     "training.ema.decay=0.8",
+    "training.perturb.tempo=0.2",
     "training.perturb.vtlp=0.1",
     "training.perturb.volume_db=3",
     "training.perturb.noise.probability=0.5",
