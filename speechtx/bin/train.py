@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ngpu", type=int, default=0, metavar="N", help="0: CPU; N: that many GPUs, each with batches of its own (default: 0)"
     )
     parser.add_argument(
-        "--procs", type=int, default=1, metavar="N", help="on the CPU: N processes that share each batch (default: 1)"
+        "--procs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="on the CPU: N processes that share each batch; 0: as many as pay, one a processor, at most 4, each with two "
+        "utterances of a batch or more (default: 1)",
     )
 
 
@@ -44,18 +49,21 @@ def run(args: argparse.Namespace) -> int:
     from speechtx.config.errors import ConfigError
     from speechtx.config.load import load_config
     from speechtx.config.schema import TrainConfig
-    from speechtx.training.launch import launch
+    from speechtx.training.launch import launch, processes_that_pay
     from speechtx.training.prepare import TrainingData
     from speechtx.training.train import train
 
     overrides = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
     config = load_config(args.config, TrainConfig, overrides)
-    if args.procs < 1 or (args.procs > 1 and args.ngpu):
-        raise ConfigError(f"--procs {args.procs} --ngpu {args.ngpu}: --procs is 1 or more, and is for the CPU only")
-    processes = max(args.procs, args.ngpu)
-    if processes > 1 and "RANK" not in os.environ:
-        launch([sys.executable, "-m", "speechtx.bin.main", *sys.argv[1:]], processes=processes, log_dir=args.exp / "log")
-        return 0
+    if args.procs < 0 or (args.procs > 1 and args.ngpu):
+        raise ConfigError(f"--procs {args.procs} --ngpu {args.ngpu}: --procs is 0 or more, and is for the CPU only")
+    if "RANK" not in os.environ:
+        processes = args.ngpu or args.procs or processes_that_pay(args.train, config.training)
+        if processes > 1:
+            chosen = ["--procs", str(processes)] if args.procs == 0 and not args.ngpu else []
+            command = [sys.executable, "-m", "speechtx.bin.main", *sys.argv[1:], *chosen]
+            launch(command, processes=processes, log_dir=args.exp / "log")
+            return 0
     data = TrainingData(train=args.train, dev=args.dev, tokenizer=args.tokenizer)
     train(config, data, args.exp, ngpu=args.ngpu, share_batches=args.procs > 1, profile=args.profile)
     return 0

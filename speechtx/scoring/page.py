@@ -218,7 +218,7 @@ def _facts(experiment: ExperimentRecord) -> list[str]:
     by = "the last" if average["by"] == "last" else f"best by {average['by']}"
     lines = [
         f"- parameters: {run['num_parameters']:,}",
-        f"- trained on: {run['device']}" + (f", {run['processes']} processes" if run.get("processes", 1) > 1 else ""),
+        f"- trained on: {run['device']}" + (f" in each of {run['processes']} processes" if run.get("processes", 1) > 1 else ""),
         f"- training: {run['train_seconds'] / 3600:.2f} hours, {experiment.epochs} epochs, seed {run['seed']}",
         f"- weights: mean of {len(epochs)} epochs, {by}: {' '.join(map(str, epochs))}",
     ]

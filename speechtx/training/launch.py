@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -13,11 +14,36 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from speechtx.config.errors import TrainingError
+from speechtx.config.schema import TrainingConfig
+from speechtx.data.kaldi_table import read_table
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 3.0  # from the first failure to the end of the others, who may be about to say what it is
 LAST_LINES = 20
 ERROR = "speechtx train: error: "  # how `speechtx.bin.main` begins
+MOST_PROCESSES = 4  # that --procs 0 starts; each has the model, its optimiser and a loader in memory
+LEAST_UTTERANCES = 2  # of a batch, for each of them
+
+
+def processes_that_pay(train: Path, config: TrainingConfig) -> int:
+    """How many processes should share each batch on this machine's processors.
+
+    Two processes of one thread take steps faster than one process of two threads, which waits for itself after every small
+    operation; but each needs enough of a batch to work on.
+
+    Args:
+        train: the training data directory, after stage 2.
+        config: how large batches are.
+
+    Raises:
+        DataError: utt2num_frames is missing or malformed.
+    """
+    lengths = [int(frames) for frames in read_table(train / "utt2num_frames", check_entries=True).values()]
+    usable = [frames for frames in lengths if config.min_frames <= frames <= config.max_frames]
+    if not usable:  # training will say what is wrong
+        return 1
+    utterances = min(config.max_utts_per_batch, config.frames_per_batch / statistics.mean(usable))
+    return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, int(utterances) // LEAST_UTTERANCES))
 
 
 def launch(command: Sequence[str], *, processes: int, log_dir: Path) -> None:
@@ -87,7 +113,9 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, **{name: str(value) for name, value in ours.items()}}
+    # The loopback interface: gloo would look for the one that the host's name leads to, which many a laptop's does not.
+    defaults = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}
+    return {**defaults, **os.environ, **{name: str(value) for name, value in ours.items()}}
 
 
 def _describe(code: int) -> str:

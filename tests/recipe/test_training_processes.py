@@ -102,12 +102,13 @@ def test_processes_that_share_batches_take_the_steps_of_one_and_training_moves_b
     """Dropout is off: which of its random numbers a frame gets depends on the process that computes it."""
     subprocess.run(command(data, tmp_path / "one", "training.epochs=3", *NO_DROPOUT), check=True, capture_output=True)
     moved = tmp_path / "moved"
-    for epochs, procs in ((1, 2), (2, 1), (3, 2)):
+    for epochs, procs in ((1, 0), (2, 1), (3, 2)):
         subprocess.run(
             command(data, moved, f"training.epochs={epochs}", *NO_DROPOUT, procs=procs), check=True, capture_output=True
         )
     assert losses_of(tmp_path / "one") == pytest.approx(losses_of(moved), rel=1e-5, abs=1e-5)
-    assert json.loads((moved / "run.json").read_text())["processes"] == 2
+    chosen = min(2, len(os.sched_getaffinity(0)))  # a batch has utterances for two
+    assert json.loads((moved / "run.json").read_text())["processes"] == chosen
     assert (moved / "log" / "train.1.log").is_file()
 
 

@@ -91,6 +91,21 @@ calls() {
   [ "$(grep -c 'up to date (finished 20' <<<"$output")" -eq 7 ]
 }
 
+@test "how many jobs and processes share the work decides nothing about what is up to date" {
+  finished
+  run ./run.sh --nj 7 --procs 3
+  [ "$status" -eq 0 ]
+  [ "$(calls)" = "" ]
+}
+
+@test "training gets as many processes as were asked for, else as many as pay" {
+  finished
+  ./run.sh --stage train --stop-stage train --force >/dev/null
+  grep -q '^train .*--procs 0 ' "$T/calls"
+  ./run.sh --stage train --stop-stage train --force --procs 3 >/dev/null
+  grep -q '^train .*--procs 3 ' "$T/calls"
+}
+
 @test "a changed feature configuration reruns from stage 2, and says what changed" {
   finished
   sed -i 's/^num_mel_bins: .*/num_mel_bins: 40/' conf/fbank.yaml

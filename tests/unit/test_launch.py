@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -9,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from speechtx.config.errors import TrainingError
+from speechtx.config.errors import DataError, TrainingError
+from speechtx.config.schema import TrainingConfig
 from speechtx.training import launch as launch_module
 from speechtx.training.distributed import World
-from speechtx.training.launch import launch
+from speechtx.training.launch import launch, processes_that_pay
 
 
 def python(code: str) -> list[str]:
@@ -32,6 +35,34 @@ def test_processes_get_what_they_need_to_find_each_other(tmp_path: Path, monkeyp
     found = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
     assert [row[:4] for row in found] == [[str(rank), str(rank), "3", "127.0.0.1"] for rank in range(3)]
     assert len({row[4] for row in found}) == 1 and all(int(row[5]) >= 1 for row in found)
+
+
+def test_processes_find_each_other_where_the_hosts_name_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    code = f"open(r'{tmp_path}/name', 'w').write(os.environ['GLOO_SOCKET_IFNAME']) if rank == 0 else None"
+    launch(python(code), processes=2, log_dir=tmp_path / "log")
+    assert (tmp_path / "name").read_text() in ("lo", "lo0")
+    assert (tmp_path / "name").read_text() in [name for _, name in socket.if_nameindex()]
+
+
+@pytest.mark.parametrize(
+    ("processors", "frames_per_batch", "expected"),
+    [(1, 2000, 1), (2, 2000, 2), (8, 16000, 4), (8, 1300, 3), (8, 450, 1), (8, 400, 1)],
+    ids=["one core", "two", "never more than four", "two utterances each", "batches of two", "batches of one or two"],
+)
+def test_as_many_processes_as_processors_and_batches_can_feed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: int, frames_per_batch: int, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    (tmp_path / "utt2num_frames").write_text("a 100\nb 300\nc 200\nd 4\ne 9000\n")  # two are never trained on
+    config = TrainingConfig(frames_per_batch=frames_per_batch, max_frames=400)
+    assert processes_that_pay(tmp_path, config) == expected
+
+
+def test_a_length_that_is_no_number_is_named_before_any_process_starts(tmp_path: Path) -> None:
+    (tmp_path / "utt2num_frames").write_text("a 100\nb many\n")
+    with pytest.raises(DataError, match=r"utt2num_frames:2: "):
+        processes_that_pay(tmp_path, TrainingConfig())
 
 
 def test_one_that_fails_ends_the_others_and_its_last_lines_are_shown(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@
 #   --set KEY=VALUE   overrides one value of it; may be repeated
 #   --seed N          overrides its seed (default 1)
 #   --ngpu N          0: on the processor; N: that many GPUs of this machine, each with batches of its own (default 0)
-#   --procs N         on the processor: processes that share each batch, and its cores (default 1, with a thread for each core)
+#   --procs N         on the processor: processes that share each batch, and its cores (default 0: as many as pay, one a core and at most 4)
 #   --restart         starts anew: an experiment that is there is moved to <exp-dir>.old-1 (-2, ...)
 #
 # Running it again with the same arguments continues from the newest checkpoint. What it prints is also in <exp-dir>/train.log.
 set -euo pipefail
 
-config=conf/train.yaml set=() seed=1 ngpu=0 procs=1 restart=false
+config=conf/train.yaml set=() seed=1 ngpu=0 procs=0 restart=false
 # shellcheck source=utils/parse_options.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../parse_options.sh"
 

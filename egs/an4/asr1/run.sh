@@ -11,6 +11,7 @@
 #   --restart              train from nothing; the earlier experiment of that name is kept as exp/NAME.old-1
 #   --nj N                 parallel jobs (default: the number of processors)
 #   --ngpu N               GPUs to train on (default 0)
+#   --procs N              processes to train on without a GPU (default 0: as many as pay, one a processor and at most 4)
 #   --seed N               of the weights and of the order of the data (default 1)
 #   --set KEY=VALUE        overrides one value of the training configuration, as in model.encoder.layers=6; may be repeated
 #   --train-config FILE    default conf/train.yaml
@@ -24,7 +25,7 @@ set -euo pipefail
 started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-stage=0 stop_stage=7 force=false restart=false nj=$(env -u OMP_NUM_THREADS nproc) ngpu=0 seed=1 set=() exp='' speeds=0.9,1.0,1.1 archive=''
+stage=0 stop_stage=7 force=false restart=false nj=$(env -u OMP_NUM_THREADS nproc) ngpu=0 procs=0 seed=1 set=() exp='' speeds=0.9,1.0,1.1 archive=''
 train_config=conf/train.yaml decode_config=() lm_config=conf/lm.yaml fbank_config=conf/fbank.yaml
 train_set=train_nodev dev_set=train_dev test_sets=(test) note='' # a plain statement for the top of RESULTS.md
 
@@ -70,7 +71,7 @@ fi
 
 if begin_stage 4 "training in $exp"; then
   if [[ $stage_state == changed ]]; then restart=true; fi # other data or another model: not to be continued
-  utils/steps/train.sh --config "$train_config" "${overrides[@]}" --seed "$seed" --ngpu "$ngpu" --restart=$restart \
+  utils/steps/train.sh --config "$train_config" "${overrides[@]}" --seed "$seed" --ngpu "$ngpu" --procs "$procs" --restart=$restart \
     "data/$train_set" "data/$dev_set" "$tokenizer" "$exp"
   end_stage
 fi
