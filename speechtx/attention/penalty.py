@@ -98,7 +98,8 @@ def initial_strength(config: PenaltyConfig, num_heads: int) -> Tensor:
     """
     name = "sigma" if config.shape == "gaussian" else "scale"
     left = getattr(config, name)
-    sides = [left] if config.symmetric else [left, getattr(config, f"{name}_right") or left]
+    right = getattr(config, f"{name}_right")
+    sides = [left] if config.symmetric else [left, left if right is None else right]
     rows = [alibi_slopes(num_heads) if side == "alibi" else side if isinstance(side, tuple) else (side,) for side in sides]
     heads = max(map(len, rows))
     return torch.tensor([row if len(row) == heads else row * heads for row in rows], dtype=torch.float64, device="cpu")

@@ -33,8 +33,7 @@ class AttentionPenalty(nn.Module):
         site: the name that messages show.
 
     Raises:
-        ConfigError: lengths in milliseconds that are no whole number of frames.
-        ValueError: `window: auto` for a penalty that no window bounds.
+        ConfigError: lengths in milliseconds that are no whole number of frames; `window: auto` where no window can be proved.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class AttentionPenalty(nn.Module):
         self.spacing = spacing if config.unit == "ms" else 1.0
         if problem := unit_problem(config, self.spacing):
             raise ConfigError(f"attention_penalty.{site}.{problem[0]} {problem[1]}")
-        self.config = _with_numeric_window(config, num_heads=num_heads, spacing=self.spacing)
+        self.config = _with_numeric_window(config, num_heads=num_heads, spacing=self.spacing, site=site)
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.backend = backend
@@ -268,16 +267,14 @@ def ramp_factor(ramp: RampConfig, steps: Tensor) -> Tensor:
     return ramp.start + (ramp.end - ramp.start) * (steps / ramp.steps).clamp(max=1.0)
 
 
-def _with_numeric_window(config: PenaltyConfig, *, num_heads: int, spacing: float) -> PenaltyConfig:
+def _with_numeric_window(config: PenaltyConfig, *, num_heads: int, spacing: float, site: str) -> PenaltyConfig:
     if config.window != "auto":
         return config
     assert config.logit_bound is not None  # the schema requires it
     strength = strength_of(config, initial_strength(config, len(config.selected_heads(num_heads))).unsqueeze(-1))
-    window = effective_window(
-        config.model_copy(update={"window": None}),
-        strength,
-        logit_bound=config.logit_bound,
-        epsilon=config.epsilon,
-        spacing=spacing,
-    )
-    return config.model_copy(update={"window": max(window, 1)})
+    bounds = {"logit_bound": config.logit_bound, "epsilon": config.epsilon, "spacing": spacing}
+    try:
+        window = effective_window(config, strength, **bounds)
+    except ValueError as err:
+        raise ConfigError(f"attention_penalty.{site}.window: auto: {err}; give the window as a number") from None
+    return config.model_copy(update={"window": window})

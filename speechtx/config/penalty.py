@@ -110,6 +110,8 @@ class PenaltyConfig(Section):
                 raise ValueError(f"{name} has no meaning for shape {self.shape}")
 
     def _check_window(self) -> None:
+        if self.window is not None and self.apply != "logits":
+            raise ValueError("apply: after_softmax subtracts it from weights: the penalty must be finite, so there is no window")
         if self.shape == "window" and self.window is None:
             raise ValueError("shape window needs window: the number of frames to each side that may be attended to")
         if self.window != "auto":
@@ -265,7 +267,11 @@ def backend_refuses(backend: str, site: PenaltyConfig, *, causal: bool) -> str:
     """Why a backend can never compute this penalty; empty if it can."""
     plain = site.margin == 0 and site.step == 1 and site.max_distance is None and site.symmetric
     reasons = {
-        "blocks": [(site.window is None, "needs a window"), (causal, "is not causal")],
+        "blocks": [
+            (site.window is None, "needs a window"),
+            (causal, "is not causal"),
+            (site.heads != "all", "needs heads: all (the others would see no farther than the window)"),
+        ],
         "fold": [
             (site.shape not in ("gaussian", "linear") or not plain, "folds plain gaussian and linear penalties only"),
             (site.learnable != "none", "cannot learn the strength (its gradient would drown in rounding)"),

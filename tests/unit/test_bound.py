@@ -11,6 +11,8 @@ from torch import Tensor
 from speechtx.attention.bound import effective_window
 from speechtx.attention.kernels import attend_eager, attention_weights
 from speechtx.attention.penalty import penalty
+from speechtx.attention.site import AttentionPenalty
+from speechtx.config.errors import ConfigError
 from speechtx.config.penalty import PenaltyConfig
 
 
@@ -185,6 +187,14 @@ def test_a_ready_window_is_not_counted_on_and_auto_is_accepted() -> None:
 def test_a_penalty_that_bounds_nothing_is_refused_with_the_reason(config: PenaltyConfig, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         window_of(config, 3.0, 1e-3)
+
+
+def test_a_window_that_cannot_be_proved_is_an_error_of_the_configuration_that_names_the_site() -> None:
+    weak = PenaltyConfig(shape="linear", scale=1e-9, window="auto", logit_bound=5.0)
+    with pytest.raises(
+        ConfigError, match=r"attention_penalty\.decoder_self\.window: auto: .*too weak; give the window as a number"
+    ):
+        AttentionPenalty(weak, num_layers=1, num_heads=2, site="decoder_self")
 
 
 @pytest.mark.parametrize(("epsilon", "bound"), [(0.0, 3.0), (1.0, 3.0), (1e-3, -1.0), (1e-3, math.inf)])

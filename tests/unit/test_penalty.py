@@ -21,6 +21,7 @@ CONFIGS = [
     PenaltyConfig(shape="linear", scale=0.25),
     PenaltyConfig(shape="linear", scale="alibi"),
     PenaltyConfig(shape="linear", scale="alibi", symmetric=False, scale_right=(1.0, 2.0, 0.0, 0.5)),
+    PenaltyConfig(shape="linear", scale=0.25, symmetric=False, scale_right=0.0),
     PenaltyConfig(shape="gaussian", sigma=5.0),
     PenaltyConfig(shape="gaussian", sigma=(3.0, 10.0, 30.0, 100.0)),
     PenaltyConfig(shape="gaussian", sigma=5.0, symmetric=False, sigma_right=2.0, margin=1),
