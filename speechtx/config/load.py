@@ -125,21 +125,34 @@ def _construct(loader: _Loader, node: yaml.Node, loc: Loc, source: str, lines: d
             f"{source}:{node.start_mark.line + 1}: not valid YAML here: the tag {node.tag}; only plain values are read"
         )
     if isinstance(node, yaml.MappingNode):
-        loader.flatten_mapping(node)  # merge keys: `<<: *anchor`
-        mapping: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            where = f"{source}:{key_node.start_mark.line + 1}"
-            if not isinstance(key, str | int):
-                raise ConfigError(f"{where}: a key must be a plain word, found {key!r}")
-            if key in mapping:
-                raise ConfigError(f"{where}: duplicate key {key!r} (first at {lines[(*loc, key)]})")
-            lines[(*loc, key)] = where
+        mapping: dict[Key, Any] = {}
+        for key, (key_node, value_node) in _entries(loader, node, source).items():
+            lines[(*loc, key)] = f"{source}:{key_node.start_mark.line + 1}"
             mapping[key] = _construct(loader, value_node, (*loc, key), source, lines)
         return mapping
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*loc, i), source, lines) for i, item in enumerate(node.value)]
     return loader.construct_object(node, deep=True)
+
+
+def _entries(loader: _Loader, node: yaml.MappingNode, source: str) -> dict[Key, tuple[yaml.Node, yaml.Node]]:
+    """The nodes of keys and values; a key that is given wins over the same one of a merge (`<<: *anchor`)."""
+    num_given = sum(key_node.tag != "tag:yaml.org,2002:merge" for key_node, _ in node.value)
+    loader.flatten_mapping(node)  # puts what is merged in front
+    entries: dict[Key, tuple[yaml.Node, yaml.Node]] = {}
+    given: dict[Key, str] = {}
+    for number, (key_node, value_node) in enumerate(node.value, start=num_given - len(node.value)):
+        key = loader.construct_object(key_node, deep=True)
+        where = f"{source}:{key_node.start_mark.line + 1}"
+        if not isinstance(key, str | int):
+            raise ConfigError(f"{where}: a key must be a plain word, found {key!r}")
+        if number >= 0:
+            if key in given:
+                raise ConfigError(f"{where}: duplicate key {key!r} (first at {given[key]})")
+            given[key] = where
+        entries[key] = key_node, value_node
+    node.value = list(entries.values())  # where an alias names this mapping again, its merges are done
+    return entries
 
 
 def _apply_override(raw: dict[str, Any], override: str, lines: dict[Loc, str]) -> None:
@@ -160,6 +173,8 @@ def _apply_override(raw: dict[str, Any], override: str, lines: dict[Loc, str]) -
     if not isinstance(target, dict):
         raise ConfigError(f"{where}: {'.'.join(keys[:-1])} is not a section")
     target[keys[-1]] = value
+    for loc in [loc for loc in lines if loc[: len(keys)] == tuple(keys)]:
+        del lines[loc]  # a section that was there is replaced with all that it held
     lines[tuple(keys)] = where
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError
+from speechtx.config.lm import LmConfig
 from speechtx.config.load import config_hash, dump_config, load_config, parse_config
 from speechtx.config.penalty import PRESETS
 from speechtx.config.schema import FbankConfig, TrainConfig
@@ -115,6 +116,7 @@ def test_mistake_is_refused_with_its_place(text: str, expected: str) -> None:
         ("{shape: none, window: 3}", "takes no window"),
         ("{shape: log, scale: alibi}", "goes with shape linear"),
         ("{shape: gaussian, sigma: 2.0, scale: 2.0}", "use sigma"),
+        ("{shape: linear, apply: after_softmax, window: 4}", "the penalty must be finite, so there is no window"),
     ],
 )
 def test_impossible_penalty_is_refused(penalty: str, expected: str) -> None:
@@ -131,6 +133,7 @@ def test_impossible_penalty_is_refused(penalty: str, expected: str) -> None:
         ("{backend: fold, encoder_self: {shape: log}}", "encoder_self: backend fold folds plain gaussian and linear"),
         ("{backend: fold, encoder_self: {shape: gaussian, sigma: 3.0, learnable: head}}", "cannot learn the strength"),
         ("{backend: blocks, encoder_self: {shape: log}}", "needs a window"),
+        ("{backend: blocks, encoder_self: {shape: log, window: 8, heads: [0]}}", "backend blocks needs heads: all"),
         ("{backend: flash_attn, encoder_self: {shape: log}}", "linear penalties only"),
         ("{backend: flash_attn, encoder_self: {shape: linear, heads: [0]}}", "needs heads: all"),
         ("{backend: sdpa, encoder_self: {shape: log, apply: after_softmax}}", "use eager"),
@@ -208,6 +211,20 @@ def test_wrong_override_is_refused(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_config(GOOD, TrainConfig, [override], source="f.yaml")
     assert str(error.value).startswith(expected)
+
+
+def test_what_is_wrong_in_a_section_given_by_an_override_is_blamed_on_it_and_not_on_the_file() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config("model:\n  encoder:\n    layers: 3\n", TrainConfig, ["model.encoder={layers: 0}"], source="f.yaml")
+    assert str(error.value).startswith("--set model.encoder={layers: 0}: model.encoder")
+
+
+def test_keys_that_are_given_win_over_those_of_a_merge() -> None:
+    text = "ngram: &ngram {order: 2, text: [data/a]}\nlexicon:\n  <<: *ngram\n  order: 3\n"
+    config = parse_config(text, LmConfig)
+    assert config.lexicon is not None and config.lexicon.order == 3 and config.lexicon.text == ("data/a",)
+    with pytest.raises(ConfigError, match=r"f\.yaml:5: duplicate key 'order' \(first at f\.yaml:4\)"):
+        parse_config(text + "  order: 4\n", LmConfig, source="f.yaml")
 
 
 def test_missing_and_undecodable_files_are_named(tmp_path: Path) -> None:
