@@ -188,7 +188,7 @@ def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Findi
                 vocab_size=vocab_size,
                 frame_shift_ms=fbank.frame_shift_ms,
             )
-    except (SpeechtxError, RuntimeError) as err:
+    except (ValueError, RuntimeError) as err:
         return 0, [Finding("model", f"cannot be built: {err}", "correct the section model of the training configuration")]
     number = sum(parameter.numel() for parameter in model.parameters())
     encoder, decoder = train.model.encoder, train.model.decoder

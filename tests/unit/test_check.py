@@ -54,6 +54,14 @@ def test_a_sound_run_passes_before_any_data_exist(folder: Path, capsys: pytest.C
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES), "a check leaves nothing behind"
 
 
+def test_features_too_narrow_for_the_front_end_are_a_finding_with_advice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("fbank.yaml").write_text("num_mel_bins: 4\n")
+    status, out = run(capsys)
+    assert status == 1 and "num_mel_bins 4 vanish in subsampling" in out and "use 7 bins or more" in out
+
+
 def test_the_number_of_parameters_is_that_of_the_model(folder: Path) -> None:
     from speechtx.model.recognizer import Recognizer
 
