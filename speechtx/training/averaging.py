@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def choose_epochs(history: list[dict[str, Any]], config: AverageConfig) -> list[
     """The epochs to average, best first; `history` has one entry an epoch with "epoch" and "dev" {"acc", "loss"}."""
     keys = {
         "dev_acc": lambda entry: (-entry["dev"]["acc"], -entry["epoch"]),
-        "dev_loss": lambda entry: (entry["dev"]["loss"], -entry["epoch"]),
+        "dev_loss": lambda entry: (math.isnan(entry["dev"]["loss"]), entry["dev"]["loss"], -entry["epoch"]),
         "last": lambda entry: -entry["epoch"],
     }
     return [entry["epoch"] for entry in sorted(history, key=keys[config.by])[: config.num]]

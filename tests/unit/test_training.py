@@ -134,6 +134,12 @@ def test_only_epochs_that_averaging_may_choose_stay_on_disk(data: TrainingData, 
     assert kept == {epoch_path(exp, epoch).name for epoch in chosen}
 
 
+def test_an_epoch_whose_dev_loss_is_not_a_number_is_the_worst() -> None:
+    losses = [float("nan"), 2.0, float("nan"), 1.0, float("inf")]
+    history = [{"epoch": number, "dev": {"acc": 0.0, "loss": loss}} for number, loss in enumerate(losses, start=1)]
+    assert choose_epochs(history, AverageConfig(num=3, by="dev_loss")) == [4, 2, 5]
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
