@@ -75,7 +75,7 @@ class Experiment:
         """The model in evaluation mode.
 
         Args:
-            weights: a file with a state dict; by default the averaged weights of stage 5, `model.pt`.
+            weights: a file with a state dict, or a checkpoint; by default the averaged weights of stage 5, `model.pt`.
             device: where to put it.
 
         Raises:
@@ -100,7 +100,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     except Exception as err:  # torch raises many kinds: pickle, zip, runtime errors
         raise ExperimentError(f"{path}: not a file of weights, or a damaged one ({type(err).__name__}: {err})") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]  # a resumable checkpoint
+        state = state.get("ema") or state["model"]  # a resumable checkpoint: what the dev set judged
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as err:

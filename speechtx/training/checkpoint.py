@@ -1,8 +1,9 @@
 """Checkpoints: complete, written whole or not at all, the previous one kept, and loaded without executing anything.
 
-A checkpoint holds weights, optimiser, gradient scaler, the position in the data (epoch, step in the epoch), the sums of
-the running epoch, the history of finished epochs and the hashes of the model's configuration and of the training set. Random
-numbers need no state: every draw in training is a function of (seed, step, position in the step) or (seed, epoch, utterance).
+A checkpoint holds weights, their moving average if there is one, optimiser, gradient scaler, the position in the data (epoch,
+step in the epoch), the sums of the running epoch, the history of finished epochs and the hashes of the model's configuration and
+of the training set. Random numbers need no state: every draw in training is a function of (seed, step, position in the step) or
+(seed, epoch, utterance).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def save_checkpoint(directory: Path, state: State) -> None:
 def load_checkpoint(directory: Path) -> State | None:
     """The newest complete checkpoint, or None when there is none.
 
-    A kill between the two renames of `save_checkpoint` leaves only `previous.pt` and a complete `last.pt.new`; the newest
-    readable of the three is taken.
+    A kill between the two renames of `save_checkpoint` leaves only `previous.pt` and a complete `last.pt.new`; the first that can
+    be read of `last.pt`, `last.pt.new` and `previous.pt` is taken.
 
     Raises:
         TrainingError: checkpoints exist, but none can be read.

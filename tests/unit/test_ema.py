@@ -11,6 +11,7 @@ from toy_corpus import make_training_data, tiny_config
 
 from speechtx.config.errors import ConfigError
 from speechtx.config.schema import AverageConfig
+from speechtx.experiment.experiment import Experiment
 from speechtx.training.averaging import average_checkpoints, epoch_path
 from speechtx.training.ema import Ema
 from speechtx.training.prepare import TrainingData
@@ -56,6 +57,8 @@ def test_dev_judges_and_stage_5_gets_the_average_while_training_is_untouched(dat
     kept = torch.load(epoch_path(tmp_path / "averaged", 2))
     assert all(torch.equal(kept[name], averaged["ema"][name]) for name in kept)
     assert any(not torch.equal(kept[name], averaged["model"][name]) for name in kept)
+    opened = Experiment.open(tmp_path / "averaged").load_model(tmp_path / "averaged/checkpoints/last.pt").state_dict()
+    assert all(torch.equal(opened[name], averaged["ema"][name]) for name in kept), "a checkpoint is opened with what dev judged"
     histories = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("plain", "averaged")
