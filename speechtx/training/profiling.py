@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Profile:
     forward: dict[str, float]  # the parts of the phase of that name
     step: float
     frames_per_second: float
-    gflop: float  # of a step's matrix products and convolutions, forward and backward
+    gflop: float  # of a step's matrix products and convolutions in this process, forward and backward
     product_gflop_per_second: float
     padding: float  # share of the epoch's frames
     peak_gib: float
@@ -57,8 +58,9 @@ class Profile:
             f"{self.steps} steps on {self.device}, {self.threads} threads in {self.processes} processes: {self.step:.1f} ms a "
             f"step, {self.frames_per_second:,.0f} frames/s, peak memory {self.peak_gib:.2f} GiB.",
             "",
-            f"A step has {self.gflop:.2f} GFLOP of matrix products and convolutions; a plain matrix product runs at "
-            f"{self.product_gflop_per_second:,.0f} GFLOP/s here, so the step reaches {100 * self.share:.0f} % of that rate. "
+            f"A step has {self.gflop:.2f} GFLOP of matrix products and convolutions{' in each process' * (self.processes > 1)}; "
+            f"a plain matrix product runs at {self.product_gflop_per_second:,.0f} GFLOP/s here, so the step reaches "
+            f"{100 * self.share:.0f} % of that rate. "
             f"Padding is {100 * self.padding:.1f} % of the epoch's frames.",
             "",
             *_table("phase", self.phases, self.step),
@@ -143,6 +145,25 @@ def parts_of(model: Recognizer) -> dict[str, list[nn.Module]]:
     return {name: modules for name, modules in found.items() if modules}
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts matrix products and convolutions, of attention too: PyTorch alone leaves out its fused CPU kernel, and ours."""
+    aten, ours = torch.ops.aten, torch.ops.speechtx
+    forward, backward = 2, 5  # matrix products; backward computes the weights again and makes four gradients
+
+    def of(products: int, q: Sequence[int], keys: int) -> int:
+        return products * 2 * math.prod(q) * keys
+
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: of(forward, q, k[2]),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, *_, **__: of(backward, q, k[2]),
+            ours.block_attention: lambda q, k, v, band, *_, **__: of(forward, q, min(band[1], k[2])),
+            ours.block_attention_backward: lambda grad, q, k, v, band, *_, **__: of(backward, q, min(band[1], k[2])),
+        },
+    )
+
+
 def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """GFLOP/s of the fastest of five products of square matrices, with the threads of this process."""
     size = PRODUCT_SIZE[device.type]
@@ -178,7 +199,7 @@ def profile(trainer: Trainer, steps: int) -> Profile:
     all_groups = trainer.groups()
     groups = all_groups[trainer.index :][:steps]
     trainer.model.train()
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         _take(trainer, groups)
     watch = Stopwatch(device)
     rate = matrix_product_rate(device, trainer.precision)

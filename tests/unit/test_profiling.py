@@ -9,6 +9,8 @@ import pytest
 import torch
 from toy_corpus import make_training_data, tiny_config
 
+from speechtx.attention.blocks import BlockBias
+from speechtx.attention.kernels import attend
 from speechtx.training import profiling
 from speechtx.training.prepare import TrainingData
 from speechtx.training.train import train
@@ -43,6 +45,18 @@ def test_a_finished_training_can_be_profiled(data: TrainingData, tmp_path: Path)
     train(tiny_config("training.epochs=1"), data, tmp_path / "exp")
     train(tiny_config("training.epochs=1"), data, tmp_path / "exp", profile=2)
     assert json.loads((tmp_path / "exp" / "profile.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("bias", ["none", "dense", "blocks"])
+def test_the_products_of_attention_are_counted_on_a_cpu_too(bias: str) -> None:
+    q, k, v = (torch.randn(2, 4, 48, 16, requires_grad=True) for _ in range(3))
+    given = {"none": None, "dense": torch.randn(1, 1, 48, 48), "blocks": BlockBias(torch.zeros(1, 2 * 8 + 1))}[bias]
+    with profiling.flop_counter() as counter:
+        attend(q, k, v, bias=given).sum().backward()
+    keys = 2 * 8 + 1 if bias == "blocks" else 48
+    product = 2 * 2 * 4 * 48 * keys * 16  # of queries and keys, and as many of weights and values
+    # backward computes the weights again, and makes four gradients
+    assert counter.get_total_flops() == (2 + 5) * product
 
 
 def test_padding_is_the_share_of_frames_behind_the_ends_of_utterances() -> None:
