@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 BLOCKS_FROM = 8  # blocks pay on a CPU when the sequence is this many times as long as the window to one side
 FLEX_FROM = 1500  # frames from which a block mask of 128 x 128 skips most of a window's complement
+FLEX_HEAD_DIM = 16  # the least that FlexAttention's CUDA kernel takes
 
 _said: set[tuple[str, str, str]] = set()
 
@@ -81,7 +82,7 @@ def _on_cuda(
     causal: bool,
 ) -> tuple[str, str]:
     sixteen_bit = dtype in (torch.bfloat16, torch.float16)
-    if window is not None and length >= FLEX_FROM and dropout == 0.0:
+    if window is not None and length >= FLEX_FROM and dropout == 0.0 and head_dim >= FLEX_HEAD_DIM:
         return "flex", f"a window of {window} in {FLEX_FROM} positions and more, whole blocks are skipped"
     slopes = not backend_refuses("flash_attn", config, causal=causal) and config.unit == "frame"
     if slopes and sixteen_bit and not padded and importlib.util.find_spec("flash_attn") is not None:

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from speechtx.attention.backend import FLEX_HEAD_DIM
 from speechtx.config.errors import ConfigError
 
 _BLOCK = 128  # FlexAttention's default; its kernels are tuned for it
 _EVERYWHERE = 2**30  # beyond any length
-_MIN_HEAD_DIM = 16  # of the CUDA kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,8 @@ class FlexBias:
             raise ConfigError(f"built for {self.length} positions, called with q {tuple(q.shape)} and k {tuple(k.shape)}")
         if dropout > 0:
             raise ConfigError("FlexAttention knows no attention dropout: set the attention's dropout to 0, or backend: sdpa")
-        if q.is_cuda and q.shape[-1] < _MIN_HEAD_DIM:
-            raise ConfigError(f"FlexAttention needs heads of {_MIN_HEAD_DIM} and more, not {q.shape[-1]}: use backend: sdpa")
+        if q.is_cuda and q.shape[-1] < FLEX_HEAD_DIM:
+            raise ConfigError(f"FlexAttention needs heads of {FLEX_HEAD_DIM} and more, not {q.shape[-1]}: use backend: sdpa")
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, self.by_offset))
         if not q.is_cuda and learning:
             raise ConfigError("FlexAttention has no backward pass on CPU: train with backend: sdpa, eager or blocks")

@@ -31,7 +31,6 @@ from torch.autograd.function import once_differentiable
 from speechtx.attention.fold_columns import Columns, centred_frames, cut_gaussian, gaussian_columns, linear_columns, operand_type
 from speechtx.config.errors import ConfigError
 
-MAX_EXTRA_DIMS = 7  # what a Gaussian may need in 16 bit
 _FLASH_TIERS = (32, 64, 96, 128, 192, 256)  # head widths that CUDA's flash kernels are built for; others are rounded up
 
 
