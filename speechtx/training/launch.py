@@ -64,12 +64,12 @@ def launch(command: Sequence[str], *, processes: int, log_dir: Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_terminated_like_interrupted())
         port, ranks = _free_port(), []
-        for rank, log in enumerate(logs):
-            stream = stack.enter_context(log.open("w", encoding="utf-8"))
-            shown = None if rank == 0 else stream
-            environment = _environment(rank, processes, port)
-            ranks.append(subprocess.Popen(command, env=environment, stdout=shown, stderr=stream))
         try:
+            for rank, log in enumerate(logs):
+                stream = stack.enter_context(log.open("w", encoding="utf-8"))
+                shown = None if rank == 0 else stream
+                environment = _environment(rank, processes, port)
+                ranks.append(subprocess.Popen(command, env=environment, stdout=shown, stderr=stream))
             failed = _wait(ranks)
         finally:
             _end(ranks)

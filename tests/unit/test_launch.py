@@ -65,6 +65,22 @@ def test_a_length_that_is_no_number_is_named_before_any_process_starts(tmp_path:
         processes_that_pay(tmp_path, TrainingConfig())
 
 
+def test_one_that_cannot_be_started_leaves_none_behind(tmp_path: Path) -> None:
+    (tmp_path / "train.1.log").mkdir()  # the first process runs when the log of the second cannot be opened
+    written = tmp_path / "pid"
+    with pytest.raises(IsADirectoryError):
+        launch(
+            ["sh", "-c", f"echo $$ >'{written}.new'; mv '{written}.new' '{written}'; exec sleep 60"],
+            processes=2,
+            log_dir=tmp_path,
+        )
+    deadline = time.monotonic() + 2.0
+    while not written.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises((ProcessLookupError, FileNotFoundError)):  # or it was ended before it could write
+        os.kill(int(written.read_text()), 0)
+
+
 def test_one_that_fails_ends_the_others_and_its_last_lines_are_shown(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(
