@@ -106,7 +106,8 @@ def _too_large(trainer: Trainer, indices: list[int], batch: Batch) -> TrainingEr
             most = middle
         else:
             too_many = middle
-    device, frames = trainer.world.device, batch.feats.shape[1]
+    device = trainer.world.device
+    frames = max(trainer.train_corpus.utterances[i].num_frames for i in indices)  # what batches are made by, whatever the tempo
     begin = f"not enough memory on {device} ({total_memory(device):.1f} GiB): a batch of {shape_of(batch)} does not fit"
     if most == 0:
         return TrainingError(

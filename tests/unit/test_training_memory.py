@@ -91,17 +91,17 @@ def test_the_scan_tries_the_slowest_tempo_that_can_be_drawn(
         assert batch.feats.shape[1] == batch.feat_lens.max()
 
 
+@pytest.mark.parametrize("tempo", [0.0, 0.5])
 def test_a_batch_that_does_not_fit_is_refused_with_the_number_that_does(
-    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tempo: float
 ) -> None:
-    limit_memory(monkeypatch, padded_frames=300)
+    config = ("training.epochs=1", "training.max_frames=150", f"training.perturb.tempo={tempo}")
+    limit_memory(monkeypatch, padded_frames=round(300 / (1.0 - tempo)))
     with pytest.raises(TrainingError, match=r"does not fit, but \d+ of them do: set training\.frames_per_batch to") as failed:
-        train(tiny_config("training.max_frames=150"), data, tmp_path / "exp")
+        train(tiny_config(*config), data, tmp_path / "exp")
     fitting = int(str(failed.value).split("frames_per_batch to ")[1].split()[0])
     assert 150 <= fitting <= 300
-    train(
-        tiny_config("training.epochs=1", "training.max_frames=150", f"training.frames_per_batch={fitting}"), data, tmp_path / "e2"
-    )
+    train(tiny_config(*config, f"training.frames_per_batch={fitting}"), data, tmp_path / "e2")
 
 
 def test_one_utterance_that_does_not_fit_is_named(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
