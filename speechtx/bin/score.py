@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer directory, for --unit ter")
     parser.add_argument("--utt2spk", type=Path, help="speakers, for sclite's table by speaker")
     parser.add_argument("--allow-missing", action="store_true", help="count utterances without a hypothesis as deleted")
-    parser.add_argument("--ignore-case", action="store_true", help="fold case on both sides first (noted in score.json)")
+    parser.add_argument(
+        "--ignore-case", action="store_true", help="fold case on both sides first (noted in score.json); not for ter"
+    )
     parser.add_argument(
         "--against", type=Path, metavar="SCORE_DIR", help="another system's score on the same set, to compare with"
     )
@@ -35,12 +37,15 @@ def run(args: argparse.Namespace) -> int:
     """Scores, writes, and prints one line (more for missing utterances and for a comparison)."""
     import hashlib
 
+    from speechtx.config.errors import ScoringError
     from speechtx.data.kaldi_dir import read_table
     from speechtx.scoring.results import read_score
     from speechtx.scoring.sclite import score, write_score
     from speechtx.scoring.significance import bootstrap_interval, paired_bootstrap
     from speechtx.text.normalize import split_words, squeeze_spaces
 
+    if args.unit == "ter" and args.ignore_case:
+        raise ScoringError("--ignore-case and --unit ter exclude each other: the tokenizer cannot split words in another case")
     split = _splitter(args.unit, args.tokenizer)
     fold: Callable[[str], str] = str.casefold if args.ignore_case else str
     refs = {utt: fold(text) for utt, text in read_table(args.ref).items()}

@@ -22,7 +22,6 @@ NEVER = -99.0  # log10 of the probability of what is never predicted, as SRILM a
 KENLM_MAGIC = b"mmap lm http://kheafield.com/code"  # how its binary files begin
 _SPACES = re.compile(r"[ \t]+")  # not str.split(): U+00A0 and U+3000 may be tokens
 _COUNT = re.compile(r"ngram +(\d+) *= *(\d+)")
-_SECTION = re.compile(r"\\(\d+)-grams:")
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,16 @@ def test_the_verb_writes_score_json_with_counts_by_utterance(tmp_path: Path, cap
     assert "WER 80.00 %" in capsys.readouterr().out
 
 
+def test_folded_text_is_not_split_by_a_tokenizer_that_knows_cased_pieces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ref = write_text(tmp_path / "text", {"u1": "HELLO"})
+    out = tmp_path / "score"
+    arguments = ["--ref", str(ref), "--hyp", str(ref), "--out", str(out), "--unit", "ter", "--tokenizer", str(tmp_path)]
+    assert main.main(["score", *arguments, "--ignore-case"]) == 1
+    assert "--ignore-case" in capsys.readouterr().err and not out.exists()
+
+
 @needs_sclite
 def test_a_duplicate_id_in_the_hypotheses_is_an_error_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ref = write_text(tmp_path / "text", {"u1": "A"})
