@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             config = parse_config("", DecodeConfig, args.overrides, source="options")
         share_threads(args.num_jobs)
-        job = args.job or 1
+        job = 1 if args.job is None else args.job
         results = decode_job(
             system=System.find(args.exp, weights=args.weights, lm=args.lm, ngram=args.ngram),
             data_dir=args.data,
@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
         )
         audio, seconds = sum(r.audio_seconds for r in results), sum(r.decode_seconds for r in results)
         if results:
-            print(f"job {job}: {len(results)} utterances, {audio:.1f} s of audio in {seconds:.1f} s, RTF {seconds / audio:.4f}")
+            rtf = f"{seconds / audio:.4f}" if audio else "undefined"
+            print(f"job {job}: {len(results)} utterances, {audio:.1f} s of audio in {seconds:.1f} s, RTF {rtf}")
     if args.merge or args.job is None:
         summary = merge_jobs(data_dir=args.data, out_dir=args.out, num_jobs=args.num_jobs)
         print("\n".join(describe(summary, args.out)))

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.merge:
         share_threads(args.num_jobs)
-        job = args.job or 1
+        job = 1 if args.job is None else args.job
         count = tune_job(
             system=System.find(args.exp, weights=args.weights, lm=args.lm, ngram=args.ngram),
             data_dir=args.data,

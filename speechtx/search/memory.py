@@ -41,16 +41,41 @@ def what_was_asked(err: BaseException) -> str:
 
 
 def _available_bytes() -> int | None:
-    """What the machine, and the control group of the process, can still give; None where nobody tells."""
+    """What the machine, and the control groups of the process, can still give; None where nobody tells."""
     found = []
     with contextlib.suppress(OSError, ValueError, KeyError):
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-            found.append(max(0, int((group / limit).read_text()) - int((group / used).read_text())))
+    with contextlib.suppress(OSError, ValueError):
+        found += _left_in_groups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))
     return min(found) if found else None
+
+
+def _left_in_groups(membership: str, root: Path) -> Iterator[int]:
+    """Bytes that each control group with a limit, up to the root, can still give (cgroups(7), versions 2 and 1).
+
+    Args:
+        membership: /proc/self/cgroup. In a container it may name groups that are not to be seen there; what is seen counts.
+        root: where they are mounted.
+    """
+    for line in membership.splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            mount, limit, used = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            mount, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = mount / name.strip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(mount.parts)]):
+            with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+                yield max(0, int((folder / limit).read_text()) - int((folder / used).read_text()) + _page_cache(folder))
+
+
+def _page_cache(group: Path) -> int:
+    """Bytes of files that a control group is charged for; the kernel drops them before it kills anyone."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return sum(int(stat.get(f"total_{key}", stat.get(key, 0))) for key in ("inactive_file", "active_file"))
 
 
 def _data_bytes() -> int:

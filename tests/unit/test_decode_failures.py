@@ -117,6 +117,15 @@ def test_an_empty_data_directory_is_an_error_not_an_empty_result(exp, tmp_path, 
     assert "feats.scp: " in capsys.readouterr().err and not (tmp_path / "out" / "text").exists()
 
 
+def test_a_job_that_has_only_an_utterance_without_a_frame_says_why(exp, data, tmp_path, capsys):
+    for name in ("feats.scp", "utt2spk"):
+        (tmp_path / name).write_text((data / name).read_text().splitlines()[0] + "\n")
+    (tmp_path / "utt2num_frames").write_text("utt0 0\n")
+    (tmp_path / "fbank.yaml").write_text(dump_config(FBANK))
+    assert decode(exp, tmp_path, tmp_path / "out") == 1
+    assert "utt0: 0 frames are too short" in capsys.readouterr().err
+
+
 def test_a_beam_larger_than_the_vocabulary_finds_at_least_as_much(exp, data, good, tmp_path):
     assert (
         main(["decode", "--exp", str(exp), "--data", str(data), "--out", str(tmp_path), "--set", "beam=50", "--set", "nbest=50"])
@@ -212,6 +221,23 @@ def test_more_memory_than_is_free_is_an_error_instead_of_a_kill(monkeypatch):
     assert (
         memory.what_was_asked(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")) == " (2.50 GiB at once)"
     )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_group_whose_memory_is_full_of_cached_files_has_room_for_a_batch(tmp_path, version):
+    if version == 2:
+        mount, limit, used, total, membership = tmp_path, "memory.max", "memory.current", "", "0::/slurm/job_1\n"
+    else:
+        mount, limit, used, total = tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        membership = "9:name=systemd:/\n4:memory,hugetlb:/slurm/job_1\n0::/\n"
+    job = mount / "slurm" / "job_1"
+    job.mkdir(parents=True)
+    for folder, most, now, cached in ((job, "1000", "990", 700), (job.parent, "max" if version == 2 else str(1 << 62), "990", 0)):
+        (folder / limit).write_text(most)
+        (folder / used).write_text(now)
+        (folder / "memory.stat").write_text(f"anon 200\n{total}inactive_file {cached - 90}\n{total}active_file 90\n")
+    assert min(memory._left_in_groups(membership, tmp_path)) == 1000 - 990 + 700
+    assert list(memory._left_in_groups("0::/elsewhere\n", tmp_path / "nothing")) == []
 
 
 # ----------------------------------------------------------------------------------------------- being killed

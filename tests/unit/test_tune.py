@@ -133,6 +133,7 @@ def test_jobs_share_the_work_and_choose_what_one_job_chooses(exp, dev, ngram, co
     assert one == two
     capsys.readouterr()
     assert tune(exp, dev, ngram, conf, tmp_path / "none", "--num-jobs", "2", "--merge") == 1
+    assert tune(exp, dev, ngram, conf, tmp_path / "none", "--num-jobs", "2", "--job", "0") == 1
     assert "missing" in capsys.readouterr().err
 
 
