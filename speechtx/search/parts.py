@@ -187,7 +187,7 @@ def merge_parts(out_dir: Path, *, parts: Sequence[Part], expected: Sequence[str]
     Args:
         out_dir: where the three files go.
         parts: of all jobs.
-        expected: the data directory's utterances that have features; each must have been decoded exactly once.
+        expected: the data directory's utterances; each must be in the parts exactly once.
         data_dir: named in decode.json and in errors.
 
     Returns:
@@ -202,7 +202,7 @@ def merge_parts(out_dir: Path, *, parts: Sequence[Part], expected: Sequence[str]
     seconds = sum(result.decode_seconds for result in results)
     summary = {
         "data": data_dir,
-        **asdict(parts[0].key.system),  # members (their weights), lm, ngram: paths and SHA-256
+        **asdict(parts[0].key.system),  # members (their weights), lm, ngram: paths and SHA-256; experiments_sha256
         "config": parts[0].key.config,
         "num_utts": len(results),
         "failed": {result.utt: result.error for result in results if result.error},

@@ -14,6 +14,7 @@ import numpy as np
 
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ConfigError, ExperimentError
+from speechtx.config.load import config_hash
 from speechtx.data.manifest import require_same_features
 from speechtx.experiment.experiment import Experiment
 from speechtx.model.ensemble import Ensemble
@@ -40,6 +41,7 @@ class SystemId:
     """What two results must have in common to come from the same system."""
 
     members: tuple[FileId, ...]  # weights
+    experiments_sha256: str  # of what the members' experiments hold beside weights, see `experiments_digest`
     lm: FileId | None
     ngram: FileId | None
 
@@ -47,7 +49,7 @@ class SystemId:
     def from_json(fields: dict[str, Any]) -> SystemId:
         """The inverse of `dataclasses.asdict`."""
         lm, ngram = (FileId(**fields[name]) if fields[name] else None for name in ("lm", "ngram"))
-        return SystemId(tuple(FileId(**member) for member in fields["members"]), lm, ngram)
+        return SystemId(tuple(FileId(**member) for member in fields["members"]), fields["experiments_sha256"], lm, ngram)
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,18 @@ class System:
         return self.exps[0]
 
     def identify(self, configs: Sequence[DecodeConfig]) -> list[SystemId]:
-        """For each configuration, digests of all weights and of those language models that it gives a weight.
+        """For each configuration, digests of the experiments, all weights and those language models that it gives a weight.
 
         Raises:
             ExperimentError: a file is not there.
         """
-        members = tuple(map(file_id, self.weights))
+        members, experiments = tuple(map(file_id, self.weights)), experiments_digest(self.exps)
         lm = file_id(self.lm) if self.lm is not None and any(config.lm_weight for config in configs) else None
         ngram = file_id(self.ngram) if self.ngram is not None and any(config.ngram_weight for config in configs) else None
-        return [SystemId(members, lm if config.lm_weight else None, ngram if config.ngram_weight else None) for config in configs]
+        return [
+            SystemId(members, experiments, lm if config.lm_weight else None, ngram if config.ngram_weight else None)
+            for config in configs
+        ]
 
     def load_model(self, device: str) -> Recognizer:
         """The model, or the ensemble, which looks like one to a search.
@@ -197,6 +202,19 @@ def require_same_input(first: Experiment, other: Experiment) -> None:
         assert first.global_cmvn is not None and other.global_cmvn is not None
         if not np.array_equal(first.global_cmvn.to_matrix(), other.global_cmvn.to_matrix()):
             raise ExperimentError(f"{names} cannot decode together: their global_cmvn.ark differ")
+
+
+def experiments_digest(exps: Sequence[Experiment]) -> str:
+    """The digest of what experiments say of their models and features beside the weights: configuration, tokens, statistics.
+
+    Two penalties, for example, can share one file of weights. Features themselves are compared with the data's elsewhere.
+    """
+    found = []
+    for exp in exps:
+        found += [config_hash(exp.config.model), config_hash(exp.config.features), *exp.tokenizer.pieces]
+        if exp.global_cmvn is not None:
+            found.append(hashlib.sha256(exp.global_cmvn.to_matrix().tobytes()).hexdigest())
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 def file_id(path: Path) -> FileId:

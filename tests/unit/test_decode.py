@@ -19,6 +19,7 @@ from speechtx.bin.main import main
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import AudioError, ConfigError
 from speechtx.config.load import dump_config
+from speechtx.config.penalty import PenaltyConfig
 from speechtx.config.schema import (
     DecoderConfig,
     EncoderConfig,
@@ -168,6 +169,19 @@ def test_other_weights_or_another_configuration_start_from_the_beginning(exp, da
         assert "job 1: 8 utterances" in capsys.readouterr().out
 
 
+def test_another_penalty_with_the_same_weights_starts_from_the_beginning(exp, data, tmp_path, capsys):
+    other, out = tmp_path / "exp", tmp_path / "out"
+    shutil.copytree(exp, other)
+    assert decode(other, data, out) == 0
+    config = Experiment.open(other).config
+    penalty = config.model.attention_penalty.model_copy(update={"encoder_self": PenaltyConfig(shape="linear", scale=1.0)})
+    model = config.model.model_copy(update={"attention_penalty": penalty})
+    (other / "config.yaml").write_text(dump_config(config.model_copy(update={"model": model})))
+    capsys.readouterr()
+    assert decode(other, data, out) == 0
+    assert "job 1: 8 utterances" in capsys.readouterr().out
+
+
 def test_merging_refuses_lost_doubled_and_unknown_utterances(exp, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert decode(exp, data, out, "--job", "1") == 0
@@ -211,6 +225,7 @@ def test_features_computed_otherwise_are_refused_by_field(exp, data, tmp_path, c
     ("arguments", "word"),
     [
         (["--job", "3", "--num-jobs", "2"], "--job 3"),
+        (["--job", "0", "--num-jobs", "2"], "--job 0"),
         (["--num-jobs", "2"], "needs --job"),
         (["--num-jobs", "0"], "at least 1"),
         (["--set", "baem=4"], "did you mean 'beam'"),
