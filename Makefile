@@ -6,7 +6,7 @@ SHELL := bash
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# Every shell script of ours: by name under git, and by its first line.
+# Every shell script of ours, also before it is added to git.
 SHELL_FILES = $$(git ls-files --cached --others --exclude-standard -- '*.sh' '*.bats' .ci/run)
 
 .PHONY: help

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 QUOTED = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
 
 
@@ -15,6 +17,19 @@ def test_every_message_in_the_table_of_errors_is_one_of_ours(repo: Path) -> None
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message that is written over two lines
     assert not [message for message in messages if message not in source]
+
+
+@pytest.mark.parametrize("room", ["attention", "config", "data", "frontend", "model", "scoring", "text", "training"])
+def test_every_module_stands_in_the_picture_of_its_room(repo: Path, room: str) -> None:
+    page = (repo / "docs/architecture.md").read_text(encoding="utf-8")
+    drawn, reading = "", ""
+    for line in page[page.index("┌──") : page.index("└──")].splitlines():
+        if begins := re.match(r" │ (?:floor +\S+ +|ground +| +)(\w+)/ ", line):
+            reading = begins[1]
+        drawn += line if reading == room else ""
+    modules = {path.stem.removeprefix("kaldi_dir_") for path in repo.glob(f"speechtx/{room}/[a-z]*.py")}
+    words = {word.lstrip("_") for word in re.findall(r"\w+", drawn)}
+    assert not sorted(modules - words)
 
 
 def test_links_between_the_pages_lead_somewhere(repo: Path) -> None:
