@@ -114,10 +114,11 @@ class _BeamSearch:
 
     def step(self) -> None:
         """Extends all live hypotheses by one token or by the end of the sentence."""
-        total = self.scores.extend(self.last, self.active.parts, self.active.score == -torch.inf)  # (B, beam, V)
-        self._forbid(total)
-        vocab = total.shape[2]
-        score, flat = total.view(self.batch, -1).topk(self.beam, dim=1)
+        dead = self.active.score == -torch.inf
+        score, flat = self._best(self.scores.extend(self.last, self.active.parts, dead))
+        while self.scores.doubtful(score, flat):
+            score, flat = self._best(self.scores.extend_again(self.active.tokens, dead))
+        vocab = self.end_id + 1
         slots, labels = flat // vocab, flat % vocab
         tokens = torch.cat([gather_slots(self.active.tokens, slots), labels.unsqueeze(2)], dim=2)
         new = Beam(score, self.scores.parts_of(slots, flat), tokens, torch.full_like(labels, self.length + 1))
@@ -128,10 +129,15 @@ class _BeamSearch:
         self.active = new
         self.last = labels.view(-1)
         rows = (self.offsets + slots).view(-1)
-        self.scores.follow(rows, self.last)
+        self.scores.follow(rows, self.last, (new.score == -torch.inf).view(-1))
         if self.config.max_repeats:
             self.repeats = self.repeats.select(rows).append(self.last)
         self.length += 1
+
+    def _best(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, beam) the scores of the best extensions, and where they stand among the beam * V of their utterance."""
+        self._forbid(total)
+        return total.view(self.batch, -1).topk(self.beam, dim=1)
 
     def _forbid(self, total: Tensor) -> None:
         """Adds the bonus for length and sets to -inf, in place, what must not follow: (B, beam, V)."""

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from speechtx.config.decode import DecodeConfig
-from speechtx.model.ctc_forward import CtcState
 from speechtx.model.decoder import Decoder
 from speechtx.model.decoder_state import DecoderState
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam_state import gather_slots
-from speechtx.search.ctc_prefix import CtcPrefixScorer
+from speechtx.search.ctc_prefix import CtcPrefixScorer, PrefixState
 from speechtx.search.scorers import Weighted
 
 
@@ -49,7 +48,7 @@ class JointScores:
                 self._decoder_state = self._decoder_state.watched()
                 self._covered = enc_out.new_zeros(self.batch * self.beam, enc_out.shape[1], dtype=torch.float32)
         self._ctc: CtcPrefixScorer | None = None
-        self._ctc_state: CtcState | None = None
+        self._ctc_state: PrefixState | None = None
         if config.ctc_weight > 0:
             assert log_probs is not None
             weights["ctc"] = config.ctc_weight
@@ -86,16 +85,49 @@ class JointScores:
                 self._covered = self._covered + self._decoder_state.looked
                 new["coverage"] = (self._covered > self._threshold).sum(dim=1, keepdim=True).expand_as(new["att"])
         if self._ctc is not None:
-            assert self._ctc_state is not None
-            new["ctc"], log_end = self._ctc.score(self._ctc_state)
-            new["ctc"][:, self.end_id] = log_end
+            new["ctc"] = self._prefix_scores()
         for i, (name, _, scorer) in enumerate(self._scorers):
             new[name], self._states[i] = scorer.step(last, self._states[i])
         self._new = torch.stack([new[name].to(torch.float64) for name in self.names])
         self._kept = torch.where(self._sums, so_far, 0.0)
+        return self._total(dead)
+
+    def _prefix_scores(self) -> Tensor:
+        """(N, V) float64 of CTC, the last column for the end of the sentence."""
+        assert self._ctc is not None and self._ctc_state is not None
+        scores, log_end = self._ctc.score(self._ctc_state)
+        scores[:, self.end_id] = log_end
+        return scores
+
+    def _total(self, dead: Tensor) -> Tensor:
+        """What `extend` returns."""
         kept = (self._kept @ self.weights).masked_fill_(dead, -torch.inf).unsqueeze(2)
         total = (self.weights @ self._new.flatten(1)).view(self.batch, self.beam, -1).add_(kept)
         return total.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+    def doubtful(self, score: Tensor, extensions: Tensor) -> bool:
+        """Whether any of the extensions that were chosen may have been overrated: then CTC must look at more frames.
+
+        Args:
+            score: (B, beam) of the extensions, -inf for none.
+            extensions: (B, beam) where slot and label stand among the beam * V of an utterance.
+        """
+        if self._ctc is None or self._ctc_state is None or not self._ctc.is_windowed(self._ctc_state):
+            return False
+        chosen = self._new[self.names.index("ctc")].view(self.batch, -1).gather(1, extensions)
+        return bool((self._ctc.doubtful(self._ctc_state, chosen) & (score > -torch.inf)).any())
+
+    def extend_again(self, tokens: Tensor, dead: Tensor) -> Tensor:
+        """What `extend` returned, from more frames.
+
+        Args:
+            tokens: (B, beam, L) of the hypotheses.
+            dead: (B, beam) slots without a hypothesis.
+        """
+        assert self._ctc is not None
+        self._ctc_state = self._ctc.restart(tokens, dead)
+        self._new[self.names.index("ctc")] = self._prefix_scores()
+        return self._total(dead)
 
     def parts_of(self, slots: Tensor, extensions: Tensor) -> Tensor:
         """The parts (B, beam, P) of extensions that `extend` has just scored.
@@ -107,15 +139,15 @@ class JointScores:
         new = self._new.view(len(self.names), self.batch, -1)
         return gather_slots(self._kept, slots) + new.gather(2, extensions.expand(len(new), -1, -1)).permute(1, 2, 0)
 
-    def follow(self, rows: Tensor, labels: Tensor) -> None:
-        """Makes row i of all states the hypothesis `rows[i]` after it took `labels[i]`."""
+    def follow(self, rows: Tensor, labels: Tensor, dead: Tensor) -> None:
+        """Makes row i of all states the hypothesis `rows[i]` after it took `labels[i]`; dead (N,): rows without a hypothesis."""
         if self._decoder_state is not None:
             self._decoder_state = self._decoder_state.select(rows)
         if self._covered is not None:
             self._covered = self._covered[rows]
         if self._ctc is not None:
             assert self._ctc_state is not None
-            self._ctc_state = self._ctc.extend(self._ctc_state, rows, labels)
+            self._ctc_state = self._ctc.extend(self._ctc_state, rows, labels, dead)
         self._states = [state.select(rows) for state in self._states]
 
     def keep(self, utterances: Tensor) -> None:

@@ -35,8 +35,9 @@ def by_enumeration(log_probs: torch.Tensor, labels: tuple[int, ...], *, prefix: 
 
 
 def fast_scores(log_probs: torch.Tensor, labels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(V,) log psi of every extension of `labels`, and log P(labels), from the vectorised scorer."""
-    scorer = CtcPrefixScorer(log_probs=log_probs.unsqueeze(0), enc_lens=torch.tensor([len(log_probs)]), blank_id=0, beam=1)
+    """(V,) log psi of every extension of `labels`, and log P(labels), from the vectorised scorer, which keeps all frames."""
+    lens = torch.tensor([len(log_probs)])
+    scorer = CtcPrefixScorer(log_probs=log_probs.unsqueeze(0), enc_lens=lens, blank_id=0, beam=1, short=len(log_probs))
     state = scorer.start()
     for label in labels:
         state = scorer.extend(state, torch.tensor([0]), torch.tensor([label]))
@@ -89,6 +90,80 @@ def test_long_and_very_confident_audio_loses_no_precision():
         assert float(psi[label]) == pytest.approx(
             ctc_log_prob(log_probs.numpy(), (*labels, label), blank_id=0, prefix=True), abs=1e-6
         )
+
+
+def peaky(seed: int, frames: int, vocab: int) -> tuple[torch.Tensor, list[int]]:
+    """Posteriors like a trained model's, blank but for a label every few frames, and these labels."""
+    draw = torch.Generator().manual_seed(seed)
+    labels, at = [], 0
+    logits = torch.randn(frames, vocab, generator=draw, dtype=torch.float64)
+    logits[:, 0] += 8.0
+    while (at := at + int(torch.randint(2, 9, (), generator=draw))) < frames:
+        labels.append(int(torch.randint(1, vocab, (), generator=draw)))
+        logits[at, labels[-1]] += 16.0
+    return logits.log_softmax(-1), labels
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    frames=st.lists(st.integers(1, 40), min_size=1, max_size=2),
+    beam=st.integers(1, 2),
+    depth=st.sampled_from([0.5, 5.0, 25.0, 60.0]),
+    like=st.sampled_from(["trained", 0.1, 2.0, 20.0, 100.0]),
+    data=st.data(),
+)
+def test_a_window_of_frames_never_underrates_and_is_exact_where_it_is_not_in_doubt(seed, frames, beam, depth, like, data):
+    batch, longest = len(frames), max(frames)
+    padded = torch.full((batch, longest, 4), float("nan"), dtype=torch.float64)
+    for i, num in enumerate(frames):
+        padded[i, :num] = peaky(seed + i, num, 4)[0] if like == "trained" else posteriors(seed + i, num, 4, sharpness=like)
+    scorer = CtcPrefixScorer(log_probs=padded, enc_lens=torch.tensor(frames), blank_id=0, beam=beam, short=0, depth=depth)
+    labels, state, same = torch.zeros(batch * beam, 0, dtype=torch.int64), scorer.start(), torch.arange(batch * beam)
+    for _ in range(data.draw(st.integers(0, 8))):
+        new = torch.tensor(data.draw(st.lists(st.integers(1, 3), min_size=len(labels), max_size=len(labels))))
+        labels, state = torch.cat([labels, new.unsqueeze(1)], dim=1), scorer.extend(state, same, new)
+    exact = []
+    for row, prefix in enumerate(labels.tolist()):
+        known = padded[row // beam, : frames[row // beam]].numpy()
+        exact += [ctc_log_prob(known, (*prefix, c), blank_id=0, prefix=True) for c in range(1, 4)]
+        exact.append(ctc_log_prob(known, prefix, blank_id=0, prefix=False))
+    for attempt in range(3):
+        psi, end = scorer.score(state)
+        scores = torch.cat([psi[:, 1:], end.unsqueeze(1)], dim=1)
+        doubtful = scorer.doubtful(state, scores)
+        for score, doubt, slow in zip(scores.view(-1).tolist(), doubtful.view(-1).tolist(), exact, strict=True):
+            assert score >= slow - 1e-6
+            assert doubt or score == pytest.approx(slow, abs=1e-6) or (slow == -math.inf and score < -9e3)
+        if not doubtful.any():
+            return
+        assert attempt < 2, "a score stays in doubt although all frames were asked for"
+        state = scorer.restart(labels.view(batch, beam, -1), torch.zeros(batch, beam, dtype=torch.bool))
+
+
+def test_long_audio_is_scored_within_a_window_that_does_not_grow_with_it():
+    widest = {}
+    for frames in (400, 1600):
+        log_probs, labels = peaky(11, frames, 6)
+        scorer = CtcPrefixScorer(log_probs=log_probs.unsqueeze(0), enc_lens=torch.tensor([frames]), blank_id=0, beam=1)
+        state, widths = scorer.start(), []
+        for label in labels:
+            state = scorer.extend(state, torch.tensor([0]), torch.tensor([label]))
+            widths.append(state.forward.end - state.forward.first)
+        widest[frames] = max(widths)
+        end = scorer.score(state)[1]
+        exact = -torch.nn.functional.ctc_loss(log_probs, torch.tensor(labels), [frames], [len(labels)], reduction="sum")
+        assert float(end) == pytest.approx(float(exact), abs=1e-7) and not scorer.doubtful(state, end).any()
+    assert widest[400] < 250 and widest[1600] < 1.3 * widest[400]
+
+
+def test_what_holds_no_hypothesis_does_not_widen_the_window():
+    log_probs, labels = peaky(11, 1600, 6)
+    scorer = CtcPrefixScorer(log_probs=log_probs.unsqueeze(0), enc_lens=torch.tensor([1600]), blank_id=0, beam=2)
+    rows, dead, state = torch.tensor([0, 1]), torch.tensor([False, True]), scorer.start()
+    for label in labels[:100]:
+        state = scorer.extend(state, rows, torch.tensor([label, 5]), dead)
+    assert state.forward.end - state.forward.first < 250 and state.forward.first > 300
 
 
 def test_a_longer_prefix_is_never_more_likely_and_what_may_follow_sums_to_its_probability():
