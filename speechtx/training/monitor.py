@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -14,10 +15,13 @@ from speechtx.config.atomic import write_text
 
 LOG_EVERY_STEPS = 50
 SHOW_EVERY_SECONDS = 30.0  # where there is no terminal to draw a live line on
+LOGGER = logging.getLogger("speechtx")
 
 
 class Monitor:
     """Progress of one training run; only the main process has one that writes.
+
+    What other rooms log meanwhile, such as which kernel computes a penalty, is said too.
 
     Args:
         exp: the experiment directory.
@@ -42,6 +46,9 @@ class Monitor:
             from torch.utils.tensorboard import SummaryWriter  # half a second of imports that other ranks need not pay
 
             self.board = SummaryWriter(str(exp / "tensorboard"))
+            self._listener = _Listener(self)
+            LOGGER.addHandler(self._listener)
+            LOGGER.setLevel(logging.INFO)
         self._clock = self._shown = time.monotonic()
         self._done = 0
         self._first = 0
@@ -113,9 +120,21 @@ class Monitor:
 
     def close(self) -> None:
         if self.log is not None:
+            LOGGER.removeHandler(self._listener)
             self.log.close()
         if self.board is not None:
             self.board.close()
+
+
+class _Listener(logging.Handler):
+    """Hands log records to a monitor."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        super().__init__(logging.INFO)
+        self.monitor = monitor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.monitor.say(record.getMessage())
 
 
 def described(averages: Mapping[str, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,13 @@ def test_without_a_terminal_a_long_epoch_shows_a_line_with_rate_and_eta_now_and_
     lines = stream.getvalue().splitlines()
     assert [line.split("epoch 1/2")[1].split()[0] for line in lines] == ["3/10", "6/10"]
     assert "100 frames/s ETA 0:03:24" in lines[0]  # 17 steps of 12 s remain
+
+
+def test_what_the_model_logs_stands_in_the_training_log_while_training_lasts(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    watch = Monitor(exp=tmp_path, epochs=1, stream=stream)
+    logging.getLogger("speechtx.attention.backend").info("backend %s, %s", "blocks", "a window")
+    watch.close()
+    logging.getLogger("speechtx.attention.backend").info("nobody listens any more")
+    log = (tmp_path / "train.log").read_text()
+    assert log.endswith(" backend blocks, a window\n") and stream.getvalue() == log
