@@ -8,6 +8,7 @@ of the training set. Random numbers need no state: every draw in training is a f
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 from speechtx.config.atomic import replacing
 from speechtx.config.errors import TrainingError
+
+log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 FORMAT = 1
@@ -39,7 +42,7 @@ def load_checkpoint(directory: Path) -> State | None:
     """The newest complete checkpoint, or None when there is none.
 
     A kill between the two renames of `save_checkpoint` leaves only `previous.pt` and a complete `last.pt.new`; the first that can
-    be read of `last.pt`, `last.pt.new` and `previous.pt` is taken.
+    be read of `last.pt`, `last.pt.new` and `previous.pt` is taken, and what could not be read is said.
 
     Raises:
         TrainingError: checkpoints exist, but none can be read.
@@ -52,11 +55,13 @@ def load_checkpoint(directory: Path) -> State | None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as err:  # torch raises many kinds: pickle, zip, runtime errors
-            problems.append(f"{path}: {err}")
+            problems.append(f"{path}: cannot be read: {(str(err) or type(err).__name__).splitlines()[0]}")
             continue
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             problems.append(f"{path}: not a checkpoint of this version of speechtx")
             continue
+        for problem in problems:
+            log.warning("warning: %s; %s is taken instead", problem, name)
         return state
     if problems:
         raise TrainingError(

@@ -267,13 +267,17 @@ def test_what_a_kill_left_of_a_checkpoint_does_not_pile_up(data: TrainingData, t
     assert not list((tmp_path / "exp" / "checkpoints").glob(".*"))
 
 
-def test_a_torn_checkpoint_falls_back_to_the_previous_one(tmp_path: Path) -> None:
+def test_a_torn_checkpoint_falls_back_to_the_previous_one_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_checkpoint(tmp_path, {"step": 1})
     save_checkpoint(tmp_path, {"step": 2})
+    load_checkpoint(tmp_path)
+    assert not caplog.records
     (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:100])
     state = load_checkpoint(tmp_path)
     assert state is not None
     assert state["step"] == 1
+    (said,) = caplog.messages
+    assert said.startswith(f"warning: {tmp_path / 'last.pt'}: ") and said.endswith("; previous.pt is taken instead")
 
 
 def test_only_unreadable_checkpoints_are_an_error_that_names_them(tmp_path: Path) -> None:
