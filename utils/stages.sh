@@ -119,7 +119,7 @@ tuned_config() {
 # Adds what a search reads to stage_inputs: model, configurations $@, and the language models that those give a weight.
 list_search_inputs() {
   local file above_zero='.*[1-9]|[[:space:]]*(#|$)' # or the values of a grid, one a line below
-  stage_inputs+=(--after "$exp/.stamps/average.json" --in "$exp/model.pt")
+  stage_inputs+=(--after "$exp/.stamps/average.json" --in "$exp/model.pt" --config "$exp/config.yaml:model,features")
   for file; do stage_inputs+=(--config "$file"); done
   ! grep -qsE "^lm_weight:($above_zero)" "$@" || stage_inputs+=(--after "$lm/.stamps/transformer.json")
   ! grep -qsE "^ngram_weight:($above_zero)" "$@" || stage_inputs+=(--after "$lm/.stamps/$ngram_name.json")
@@ -135,9 +135,9 @@ list_inputs() {
       for name in "${corpus_sets[@]}"; do stage_inputs+=(--out "data/$name/wav.scp" --out "data/$name/text"); done
       ;;
     fbank)
-      stage_inputs+=(--after data/.stamps/data.json --config "$fbank_config")
+      stage_inputs+=(--after data/.stamps/data.json --config "$fbank_config" --value "speeds=$speeds")
       for name in "${corpus_sets[@]}"; do
-        for file in wav.scp segments utt2spk; do stage_inputs+=(--in "data/$name/$file"); done
+        for file in wav.scp segments utt2spk utt2speed; do stage_inputs+=(--in "data/$name/$file"); done
       done
       for name in "${all_sets[@]}"; do stage_inputs+=(--out "data/$name/feats.scp" --out "data/$name/global_cmvn.ark"); done
       ;;
@@ -178,7 +178,8 @@ list_inputs() {
       done
       ;;
     score)
-      stage_inputs+=(--after "$exp/.stamps/train.json" --out "$exp/RESULTS.md")
+      stage_inputs+=(--after "$exp/.stamps/train.json" --after "$exp/.stamps/decode_$(basename "$decoding" .yaml).json")
+      stage_inputs+=(--out "$exp/RESULTS.md")
       for name in "$dev_set" "${test_sets[@]}"; do stage_inputs+=(--in "data/$name/text" --in "$(decode_dir "$name")/text"); done
       ;;
   esac
@@ -202,7 +203,7 @@ begin_stage() {
   case $name in
     data) stage_stamp=data/.stamps/data.json ;;
     ngram | lexicon | transformer) stage_stamp=$lm/.stamps/$name.json ;;
-    fbank) stage_stamp=data/.stamps/fbank${speeds:+_$speeds}.json ;;
+    fbank) stage_stamp=data/.stamps/fbank${speeds:+_sp}.json ;; # copies at any speeds lie in the same directory
     *) stage_stamp=$exp/.stamps/${name}$([[ $name =~ tune|decode|score ]] && echo "_$(basename "$decoding" .yaml)").json ;;
   esac
   list_inputs "$name"

@@ -393,3 +393,35 @@ calls() {
   run ./run.sh --stop-stage check
   [ "$(grep -c -- '--decode-config conf/decode.yaml --tune conf/decode.yaml conf/tune.yaml --decode-config conf/decode_x.yaml' "$T/calls")" -eq 1 ]
 }
+
+@test "the page is written again when a decoding changed, although its text did not" {
+  finished
+  program "$T/utils/steps/decode.sh" 'echo "decode ${!#}" >>"$T/calls"; mkdir -p "${!#}"; echo "utt HELLO" >"${!#}/text"'
+  ./run.sh --stage decode --force >/dev/null
+  rm "$T/calls"
+  sed -i 's/^beam: .*/beam: 3/' conf/decode.yaml
+  run ./run.sh
+  [ "$(calls)" = "decode score " ]
+}
+
+@test "an edited exp/NAME/config.yaml is decoded anew" {
+  finished
+  sed -i 's/    dim: .*/    dim: 128/' exp/train/config.yaml
+  run ./run.sh
+  [ "$(calls)" = "decode score " ]
+}
+
+@test "features at some speeds are not taken for those at others" {
+  finished
+  mv "$T/.venv/bin/speechtx" "$T/.venv/bin/speechtx.stub"
+  program "$T/.venv/bin/speechtx" '
+    [[ "$1 ${2:-}" == "data perturb-speed" ]] || exec speechtx.stub "$@"
+    rm -rf "$6" && cp -R "$5" "$6" && echo "utt $4" >"$6/utt2speed"'
+  for speeds in 0.9,1.0,1.1 0.8,1.2 0.9,1.0,1.1; do
+    ./run.sh --speeds "$speeds" --stop-stage fbank >/dev/null
+    [ "$(cat data/train_sp/utt2speed)" = "utt $speeds" ]
+    [ "$(calls)" = "fbank " ]
+  done
+  run ./run.sh --speeds 0.9,1.0,1.1 --stop-stage fbank
+  [ "$(calls)" = "" ]
+}
