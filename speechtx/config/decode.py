@@ -65,5 +65,5 @@ class DecodeConfig(Section):
             raise ValueError("coverage_weight counts frames that the decoder attended to; ctc_weight 1.0 leaves the decoder out")
         for key, methods in _DONE_BY.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.method not in methods:
-                raise ValueError(f"method {self.method} has no {key}; method {' and '.join(methods)} have it")
+                raise ValueError(f"method {self.method} has no {key}, which is for method {' and '.join(methods)}")
         return self

@@ -34,7 +34,9 @@ class LmState(Protocol):
 
 
 class LanguageModel(Protocol):
-    """A scorer of tokens, all hypotheses at once; `TransformerLM` and `ngram.NgramLM` are two. Both are nn.Modules.
+    """A scorer of tokens, all hypotheses at once: `TransformerLM`, `ngram.NgramLM`, `lexicon.LexiconLM`, `kenlm_lm.KenlmLM`.
+
+    Each is an nn.Module.
 
     Attributes:
         vocab_size: V, of the tokenizer that the model was made with.
