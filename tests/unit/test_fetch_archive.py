@@ -34,7 +34,7 @@ CONTENT = random.Random(0).randbytes(300_000)
 class Server:
     """A web server for one file, with the faults real ones have; remembers the Range headers it was sent."""
 
-    def __init__(self, *, ranges: bool = True, drop_after: int | None = None, status: int = 200) -> None:
+    def __init__(self, *, ranges: bool = True, drop_after: int | None = None, status: int = 200, chunked: bool = False) -> None:
         self.requests: list[str | None] = []
         self.drop_after = drop_after
         outer = self
@@ -57,7 +57,11 @@ class Server:
                     return
                 body = CONTENT[start:]
                 self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(body)))
+                if chunked:  # the length is not told beforehand
+                    self.send_header("Transfer-Encoding", "chunked")
+                    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+                else:
+                    self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if outer.drop_after is not None:
                     body, outer.drop_after = body[: outer.drop_after], None
@@ -101,6 +105,13 @@ def test_a_dropped_connection_resumes_where_it_stopped(fetch_archive, serve, tmp
     fetch_archive.fetch(server.url, path, pause=0)
     assert path.read_bytes() == CONTENT
     assert server.requests == [None, "bytes=100000-"]
+
+
+def test_a_connection_that_drops_without_having_told_the_length_is_no_whole_file(fetch_archive, serve, tmp_path):
+    server, path = serve(drop_after=100_000, chunked=True), tmp_path / "corpus.tar.gz"
+    fetch_archive.fetch(server.url, path, pause=0)
+    assert path.read_bytes() == CONTENT
+    assert len(server.requests) == 2
 
 
 def test_an_interrupted_download_goes_on_with_the_next_command(fetch_archive, serve, tmp_path):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -65,7 +66,7 @@ def fetch(url: str, path: Path, *, attempts: int = 5, timeout: float = 30.0, pau
             if error.code < 500:  # asking again will not change the server's mind
                 raise DataError(f"{url}: the server answered {error.code} {error.reason}. {_by_hand(path)}") from error
             reason = f"the server answered {error.code} {error.reason}"
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             reason = str(getattr(error, "reason", error))
         after = part.stat().st_size if part.exists() else 0
         failures = 0 if after > before else failures + 1
