@@ -18,7 +18,7 @@ from speechtx.attention.bound import effective_window
 from speechtx.attention.site import AttentionPenalty, ramp_factor
 from speechtx.config.atomic import write_text
 from speechtx.model.encoder import Encoder
-from speechtx.report.attention_probe import LayerMaps, diagonality, encoder_maps, mean_distance
+from speechtx.report.attention_probe import LayerMaps, diagonality, encoder_maps, mean_distance, shares
 
 WINDOWS = (16, 32, 64, 128)  # frames to each side
 EPSILON = 1e-3
@@ -82,12 +82,6 @@ class _Sums:
             beyond = mass_outside(weights, window)
             self.outside[window] += float(beyond.mean()) * length
             self.most[window] = max(self.most[window], float(beyond.max()))
-
-
-def shares(weights: Tensor) -> Tensor:
-    """Weights (..., S) as float64 shares that sum to 1, which relu weights do not; a row of zeros stays: nothing far."""
-    weights = weights.double()
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def mass_outside(weights: Tensor, window: int) -> Tensor:

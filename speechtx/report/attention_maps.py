@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from speechtx.config.atomic import replacing
-from speechtx.report.attention_probe import LayerMaps, diagonality, mean_distance
+from speechtx.report.attention_probe import LayerMaps, diagonality, mean_distance, shares
 
 
 def prior(penalty: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def plot_maps(maps: Sequence[LayerMaps], *, title: str, frame_seconds: float, ou
                 continue
             weights, name, top = _shown(layer, column)
             _draw_map(axis, weights, top, extent=(0.0, seconds, seconds, 0.0))
-            far = float(mean_distance(weights[None])[0]) * frame_seconds
+            far = float(mean_distance(shares(weights[None]))[0]) * frame_seconds
             axis.set_title(f"{name}\nmean distance {far:.2f} s", fontsize=7)
             if column == 0:
                 axis.set_ylabel("query (s)", fontsize=7)
@@ -82,7 +82,8 @@ def plot_cross_maps(maps: Sequence[LayerMaps], tokens: Sequence[str], *, title: 
             weights, name, top = _shown(layer, column)
             _draw_map(axis, weights, top, extent=(0.0, seconds, len(tokens), 0.0), aspect="auto")
             axis.set_title(name, fontsize=7)
-            axis.set_yticks([i + 0.5 for i in range(len(tokens))], tokens if column == 0 else [""] * len(tokens), fontsize=6)
+            labels = [_no_formula(token) if column == 0 else "" for token in tokens]
+            axis.set_yticks([i + 0.5 for i in range(len(tokens))], labels, fontsize=6)
             if column == 0:
                 axis.set_ylabel("token predicted", fontsize=7)
             axis.set_xlabel("audio (s)", fontsize=7)
@@ -103,9 +104,9 @@ def _shown(layer: LayerMaps, column: int) -> tuple[Tensor, str, float]:
 
 
 def _layer_title(layer: LayerMaps) -> str:
-    title = f"layer {layer.layer}: diagonality {float(diagonality(layer.trained).mean()):.2f}"
+    title = f"layer {layer.layer}: diagonality {float(diagonality(shares(layer.trained)).mean()):.2f}"
     if layer.without is not None:
-        title += f", {float(diagonality(layer.without).mean()):.2f} with the penalty removed"
+        title += f", {float(diagonality(shares(layer.without)).mean()):.2f} with the penalty removed"
     return title
 
 
@@ -151,6 +152,11 @@ def _draw_priors(axis: Axes, maps: Sequence[LayerMaps], frame_seconds: float) ->
 
 
 def _save(figure: Figure, title: str, out: Path) -> None:
-    figure.suptitle(title, fontsize=10, wrap=True)
+    figure.suptitle(_no_formula(title), fontsize=10, wrap=True)
     with replacing(out, "wb") as stream:
         figure.savefig(stream, format="png", dpi=110)
+
+
+def _no_formula(text: str) -> str:
+    """The text as matplotlib has to be given it; between two dollars it would read a formula, and fail where there is none."""
+    return text.replace("$", r"\$")

@@ -135,8 +135,14 @@ def penalty_by_offset(site: AttentionPenalty, layer: int, length: int) -> Tensor
     return -site.by_offset(layer, length).cpu()
 
 
+def shares(weights: Tensor) -> Tensor:
+    """Weights (..., S) as float64 shares that sum to 1, which relu weights do not; a row of zeros stays: nothing far."""
+    weights = weights.double()
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def mean_distance(weights: Tensor) -> Tensor:
-    """How far each head looks: the mean over queries of sum_j a_ij |i - j|, in frames; weights (H, S, S) -> (H,)."""
+    """How far each head looks: the mean over queries of sum_j a_ij |i - j|, in frames; `shares` (H, S, S) -> (H,)."""
     return (weights * _distance(weights.shape[-1])).sum(dim=-1).mean(dim=-1)
 
 
@@ -147,7 +153,7 @@ def diagonality(weights: Tensor) -> Tensor:
     usefulness of self-attention for automatic speech recognition with transformers").
 
     Args:
-        weights: (H, S, S), rows that sum to 1.
+        weights: (H, S, S), `shares`.
 
     Returns:
         (H,)

@@ -4,9 +4,11 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from toy_corpus import make_training_data, tiny_config
 
@@ -293,9 +295,30 @@ def test_the_weakest_of_alibis_slopes_decides_the_window() -> None:
 )
 def test_the_picture_is_a_png_with_something_in_it(tmp_path: Path, penalty: PenaltyConfig) -> None:
     maps = encoder_maps(make_encoder(penalty), torch.randn(80, 20))
-    plot_maps(maps, title="utt: HELLO", frame_seconds=0.04, out=tmp_path / "utt.png")
+    plot_maps(maps, title=r"utt: 5 $\x$ HELLO", frame_seconds=0.04, out=tmp_path / "utt.png")
     pixels = imread(tmp_path / "utt.png")
     assert min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.05
+
+
+def test_the_picture_of_relu_weights_tells_the_numbers_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def note(figure: Figure, stream: IO[bytes], **options: object) -> None:
+        drawn.append(figure)
+        save(figure, stream, **options)
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    torch.manual_seed(0)
+    config = ENCODER.model_copy(update={"attention_weights": "relu"})
+    encoder = Encoder(config=config, penalty=PenaltyConfig(), num_mel_bins=20).eval()
+    feats = torch.randn(400, 20)
+    (row,), maps = measure(encoder, [feats], [0]), encoder_maps(encoder, feats, [0])
+    plot_maps(maps, title="utt", frame_seconds=0.04, out=tmp_path / "utt.png")
+    (figure,) = drawn
+    assert figure.subfigs[0].get_suptitle() == f"layer 0: diagonality {row.diagonality:.2f}"
+    far = [float(axis.get_title().split()[-2]) for axis in figure.subfigs[0].axes]
+    assert sum(far) / len(far) == pytest.approx(0.04 * row.mean_distance, abs=0.01)
 
 
 @pytest.fixture(scope="module")
