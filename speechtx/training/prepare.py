@@ -36,6 +36,8 @@ from speechtx.text.tokenizer import Tokenizer
 
 # What may change between two calls that continue the same experiment.
 MAY_CHANGE = ("epochs", "checkpoint_minutes", "loader_workers", "gradient_checkpointing", "max_nonfinite_steps", "average")
+# Loader processes share their parent's lock, and notice after five seconds that it was killed.
+LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,16 @@ def only_one_training(exp: Path) -> Iterator[None]:
         TrainingError: another process trains in it.
     """
     exp.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_SECONDS
     with open(exp / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(f"{exp}: another process is training here; wait for it, or give another --exp") from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TrainingError(f"{exp}: another process is training here; wait for it, or give another --exp") from None
+            time.sleep(0.1)
         yield
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from speechtx.config.schema import AverageConfig, OptimizerConfig, ScheduleConfi
 from speechtx.data.ark import ArkWriter, read_matrix
 from speechtx.data.manifest import load_manifest
 from speechtx.experiment.experiment import Experiment
-from speechtx.training import distributed
+from speechtx.training import distributed, prepare
 from speechtx.training import trainer as trainer_module
 from speechtx.training.averaging import average_checkpoints, choose_epochs, epoch_path
 from speechtx.training.checkpoint import load_checkpoint, save_checkpoint
@@ -251,7 +253,19 @@ def test_several_gpus_in_one_process_are_refused_with_the_way_to_start_them() ->
         distributed.start(2)
 
 
-def test_a_second_training_in_the_same_directory_is_refused(data: TrainingData, tmp_path: Path) -> None:
+def test_a_training_begins_where_what_a_kill_left_of_another_still_runs_for_a_moment(tmp_path: Path) -> None:
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(1)"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as loader:
+        assert loader.stdout is not None and loader.stdout.readline()
+        with only_one_training(tmp_path):
+            assert loader.wait() == 0
+
+
+def test_a_second_training_in_the_same_directory_is_refused(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.2)
     with only_one_training(tmp_path / "exp"), pytest.raises(TrainingError, match="another process is training here"):
         train(tiny_config("training.epochs=1"), data, tmp_path / "exp")
     train(tiny_config("training.epochs=1"), data, tmp_path / "exp")
