@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `speechtx transcribe`."""
     parser.add_argument("exp", type=Path, help="experiment directory with the model")
     parser.add_argument("audio", nargs="+", help="audio files: wav, flac, NIST sphere")
-    parser.add_argument("--config", type=Path, help="decoding configuration; without it, the defaults")
+    parser.add_argument("--config", type=Path, help="decoding configuration; without it, the defaults for such a model")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value")
     parser.add_argument("--nbest", type=int, metavar="N", help="that many hypotheses a file (with --json)")
     parser.add_argument("--json", action="store_true", help="print hypotheses with scores as JSON lines")
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from speechtx.config.decode import DecodeConfig
     from speechtx.config.errors import AudioError, ConfigError
     from speechtx.config.load import load_config, parse_config
-    from speechtx.search.transcribe import load_recognizer
+    from speechtx.experiment.experiment import Experiment
+    from speechtx.search.transcribe import default_search, load_recognizer
 
     if args.nbest is not None and not args.json:
         raise ConfigError("--nbest needs --json: text output has one line a file")
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None:
         decode = load_config(args.config, DecodeConfig, overrides)
     elif overrides:
+        suits = default_search(Experiment.open(args.exp)).model_dump(exclude_defaults=True)
+        overrides = [*(f"{key}={value}" for key, value in suits.items()), *overrides]
         decode = parse_config("", DecodeConfig, overrides, source="options")
     recognizer = load_recognizer(args.exp, weights=args.weights, device=args.device, decode=decode, lm=args.lm, ngram=args.ngram)
     status = 0

@@ -13,11 +13,11 @@ import torch
 
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import AudioError, ConfigError
+from speechtx.experiment.experiment import Experiment
 from speechtx.frontend.audio import load_audio
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
 from speechtx.frontend.fbank import Fbank
 from speechtx.model.memory import is_out_of_memory
-from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import subsampled_length
 from speechtx.search.decode import decode_batch, why_nothing
 from speechtx.search.hypothesis import Hypothesis
@@ -45,8 +45,7 @@ def load_recognizer(
         exp: the experiment directory; model, features, CMVN and tokenizer come from there. Several are an ensemble.
         weights: another weights file than `exp/model.pt`; several of one experiment are an ensemble.
         device: "cpu", "cuda", "cuda:1" ...; "auto" takes a GPU where there is one.
-        decode: how to search; by default `DecodeConfig()`, with CTC alone for a model that has no decoder, and `mask_ctc` for
-            one whose decoder was trained for it.
+        decode: how to search; see `default_search` for what is done without it.
         lm: a language model's directory, weighed by `decode.lm_weight`.
         ngram: another, or an ARPA file, weighed by `decode.ngram_weight`.
 
@@ -84,7 +83,7 @@ class Transcriber:
         self.exp = system.exp
         self.device = device
         self.model = system.load_model(device)
-        self.decode = decode or _default_search(self.model)
+        self.decode = decode or default_search(self.exp)
         check_search(self.model, self.decode)
         (self.scorers,) = system.load_scorers([self.decode], device)
         self._fbank = Fbank(config=self.exp.fbank)
@@ -154,10 +153,12 @@ class Transcriber:
         return apply_cmvn(feats, stats, norm_vars=config.norm_vars)
 
 
-def _default_search(model: Recognizer) -> DecodeConfig:
-    if model.decoder is None:
+def default_search(exp: Experiment) -> DecodeConfig:
+    """The defaults, with CTC alone for a model that has no decoder, and `mask_ctc` for one whose decoder was trained for it."""
+    decoder = exp.config.model.decoder
+    if not decoder.layers:
         return DecodeConfig(ctc_weight=1.0)
-    return DecodeConfig() if model.decoder.causal else DecodeConfig(method="mask_ctc")
+    return DecodeConfig(method="mask_ctc") if decoder.type == "mask_ctc" else DecodeConfig()
 
 
 def _checked_samples(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import speechtx
 from speechtx.bin.main import main
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import AudioError, ConfigError
-from speechtx.config.load import dump_config
+from speechtx.config.load import dump_config, load_config
 from speechtx.config.penalty import PenaltyConfig
 from speechtx.config.schema import (
     DecoderConfig,
@@ -365,6 +365,17 @@ def test_json_lists_the_n_best_with_the_parts_of_their_scores(exp, data, capsys)
         assert h["score"] == pytest.approx(0.7 * h["att"] + 0.3 * h["ctc"] + h["length_bonus"], abs=1e-6)
     assert main(["transcribe", str(exp), "--json", "--nbest", "30", str(data / "utt4.wav")]) == 1
     assert "error: options: (top level): nbest 30 exceeds beam 10" in capsys.readouterr().err
+
+
+def test_options_of_a_model_without_decoder_start_from_the_search_that_suits_it(exp, data, tmp_path, capsys):
+    other = tmp_path / "exp"
+    shutil.copytree(exp, other)
+    changes = ["model.decoder.layers=0", "model.ctc_weight=1.0", "training.average.by=dev_loss"]
+    (other / "config.yaml").write_text(dump_config(load_config(exp / "config.yaml", TrainConfig, changes)))
+    torch.save(Experiment.open(other).new_model().state_dict(), other / "model.pt")
+    assert main(["transcribe", str(other), "--json", "--nbest", "2", str(data / "utt4.wav")]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(json.loads(line)["nbest"]) == 2
 
 
 def test_a_file_at_another_rate_is_resampled_and_the_log_says_so(exp, tmp_path, caplog):
