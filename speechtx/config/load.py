@@ -205,6 +205,8 @@ def _message(problem: Any, schema: type[BaseModel]) -> str:
         wanted = problem["ctx"]["expected"]
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", wanted), n=1, cutoff=0.5)
         return f"{value!r} is not {wanted}" + (f"; did you mean '{near[0]}'?" if near else "")
+    if kind == "string_type" and isinstance(value, bool):
+        return f"YAML reads an unquoted yes, no, on or off as {value}; write it in quotes"
     if kind in ("list_type", "tuple_type"):
         return f"must be a list, as in [{value}]" if isinstance(value, str | int | float) else f"must be a list, found {value!r}"
     message = problem["msg"].removeprefix("Value error, ")

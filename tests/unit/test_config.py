@@ -263,3 +263,9 @@ def test_a_frozen_configuration_cannot_be_changed() -> None:
 def test_no_text_does_anything_but_parse_or_raise_a_configuration_error(text: str) -> None:
     with contextlib.suppress(ConfigError):
         parse_config(text, TrainConfig)
+
+
+def test_a_word_that_yaml_takes_for_true_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"hot_words\.0: YAML reads an unquoted yes, no, on or off as True; write it in quotes"):
+        parse_config("hot_words: [YES, HELLO]", DecodeConfig)
+    assert parse_config('hot_words: ["YES", HELLO]', DecodeConfig).hot_words == ("YES", "HELLO")
