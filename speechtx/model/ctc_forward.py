@@ -55,8 +55,8 @@ class CtcState:
 
     def select(self, rows: Tensor) -> CtcState:
         """The state of these rows (N,)."""
-        parts = (self.log_any, self.log_b, self.last, self.log_y)
-        return CtcState(*(part.index_select(0, rows) for part in parts), first=self.first)
+        log_any, log_b, last, log_y = (part.index_select(0, rows) for part in (self.log_any, self.log_b, self.last, self.log_y))
+        return CtcState(log_any, log_b, last, log_y, self.first)
 
     def cut(self, first: int, end: int) -> CtcState:
         """The state without what lies outside t = first..end, which must lie in the window."""

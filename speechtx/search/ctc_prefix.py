@@ -9,8 +9,8 @@ psi needs the forward variables of g only, so all V extensions are one matrix pr
 beforehand; forward variables are computed for the survivors alone.
 
 **Long audio.** The probability of a prefix lies in few frames, around the one where its last label was said. Alignments far
-behind or far ahead of it are possible, but improbable. Of an audio of more than `SHORT` frames only the window is kept in which, for
-any living prefix, log (n(t) + b(t)) > -depth: a step then costs as much at the end of a long audio as at its beginning.
+behind or far ahead of it are possible, but improbable. Of an audio of more than `SHORT` frames only the window is kept in which
+log (n(t) + b(t)) > -depth for any living prefix: a step then costs as much at the end of a long audio as at its beginning.
 
 What this loses is bounded. An alignment of g c is lost if after some t frames it has emitted exactly the first i labels of g, and
 t is outside the window that they had. Sort the lost ones by the first such (i, t): those of one pair were whole up to there, so

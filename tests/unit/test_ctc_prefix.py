@@ -93,13 +93,13 @@ def test_long_and_very_confident_audio_loses_no_precision():
 
 
 def peaky(seed: int, frames: int, vocab: int) -> tuple[torch.Tensor, list[int]]:
-    """Posteriors like a trained model's, blank but for a label every few frames, and these labels."""
+    """Posteriors like a trained model's, blank but for a label (never the last) every few frames, and these labels."""
     draw = torch.Generator().manual_seed(seed)
     labels, at = [], 0
     logits = torch.randn(frames, vocab, generator=draw, dtype=torch.float64)
     logits[:, 0] += 8.0
     while (at := at + int(torch.randint(2, 9, (), generator=draw))) < frames:
-        labels.append(int(torch.randint(1, vocab, (), generator=draw)))
+        labels.append(int(torch.randint(1, vocab - 1, (), generator=draw)))
         logits[at, labels[-1]] += 16.0
     return logits.log_softmax(-1), labels
 
