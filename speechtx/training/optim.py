@@ -27,7 +27,7 @@ def learning_rate(config: ScheduleConfig, *, peak: float, step: int, progress: f
         config: which schedule.
         peak: the rate at the end of the warm-up.
         step: optimiser steps taken so far, this one included (the first step is 1).
-        progress: share of the whole training that is done, 0 to 1 (cosine follows it).
+        progress: share of the whole training that is done, 0 to 1; cosine follows it from the end of the warm-up on.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -36,5 +36,6 @@ def learning_rate(config: ScheduleConfig, *, peak: float, step: int, progress: f
         return peak
     if config.name == "inverse_sqrt":
         return peak * math.sqrt(max(warmup, 1) / step)
+    warm = progress * warmup / step  # the share that the warm-up was, had all steps done as much
     floor = peak * config.final_ratio
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min((progress - warm) / (1 - warm), 1.0)))

@@ -353,6 +353,8 @@ def test_schedules_warm_up_to_the_peak_and_fall_as_their_names_say() -> None:
         assert at(name, 100) == pytest.approx(2.0)
     assert at("inverse_sqrt", 400) == pytest.approx(1.0)
     assert at("cosine", 400, 1.0) == pytest.approx(0.2)
+    assert at("cosine", 100, 0.25) == pytest.approx(2.0)  # no jump where a long warm-up ends
+    assert at("cosine", 250, 0.625) == pytest.approx(1.1)
     assert at("constant", 10_000) == 2.0
     assert math.isfinite(learning_rate(ScheduleConfig(warmup_steps=0), peak=1.0, step=1, progress=0.0))
 
