@@ -24,10 +24,10 @@ class Progress:
     Args:
         name: shown before the numbers.
         total: results to come.
-        path: holds one line `DONE TOTAL AUDIO_SECONDS DECODE_SECONDS` while the work lasts; None for none.
+        path: holds one line `DONE TOTAL AUDIO_SECONDS DECODE_SECONDS` while the work lasts.
     """
 
-    def __init__(self, *, name: str, total: int, path: Path | None = None) -> None:
+    def __init__(self, *, name: str, total: int, path: Path) -> None:
         self.name, self.total, self.path = name, total, path
         self.count, self.audio, self.seconds = 0, 0.0, 0.0
         self.start = self.reported = time.monotonic()
@@ -39,7 +39,7 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
-        if self.path is not None and kind is None:
+        if kind is None:
             self.path.unlink(missing_ok=True)
 
     def add(self, results: Sequence[Decoded]) -> None:
@@ -59,5 +59,4 @@ class Progress:
             self.reported = now
 
     def _write(self) -> None:
-        if self.path is not None:
-            self.path.write_text(f"{self.count} {self.total} {self.audio:.3f} {self.seconds:.3f}\n")
+        self.path.write_text(f"{self.count} {self.total} {self.audio:.3f} {self.seconds:.3f}\n")
