@@ -36,7 +36,7 @@ def check_weights(model: Recognizer, config: DecodeConfig) -> None:
     """Refuses a search that needs a decoder the model does not have.
 
     Raises:
-        ConfigError: `ctc_weight` below 1 or coverage with a model that has no decoder.
+        ConfigError: `ctc_weight` below 1 with a model that has no decoder.
     """
     if config.method != "beam":
         return
