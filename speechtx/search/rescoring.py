@@ -37,7 +37,7 @@ def rescore(
         enc_out: (B, S, D) encoder output.
         enc_lens: (B,) valid frames.
         nbests: of `ctc_beam_search`, for each utterance.
-        config: ctc_weight and nbest.
+        config: ctc_weight, below 1, and nbest.
         ctc_log_probs: (B, S, V), if they are there already; computed where the decoder needs them.
 
     Returns:
@@ -57,7 +57,7 @@ def rescore(
     for utt, hypothesis, log_prob in zip(utts, hypotheses, att, strict=True):
         assert hypothesis.ctc is not None
         beside = hypothesis.score - hypothesis.ctc
-        score = weight * hypothesis.ctc + beside + ((1 - weight) * log_prob if weight < 1 else 0.0)
+        score = weight * hypothesis.ctc + beside + (1 - weight) * log_prob
         if abs(score) < torch.inf:  # neither infinite nor NaN
             found[utt].append(replace(hypothesis, score=score, att=log_prob))
     return [sorted(nbest, key=lambda h: -h.score)[: config.nbest] for nbest in found]

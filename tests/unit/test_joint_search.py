@@ -329,6 +329,7 @@ def test_scorers_are_loaded_for_their_weights_only(tmp_path):
     ("keys", "words"),
     [
         ({"coverage_weight": 0.5, "ctc_weight": 1.0}, "leaves the decoder out"),
+        ({"method": "attention_rescoring", "ctc_weight": 1.0}, "leaves the decoder out; use method ctc_beam"),
         ({"method": "ctc_greedy", "nbest": 5}, "method ctc_greedy has no nbest"),
         ({"method": "ctc_beam", "end_detection": "recent"}, "method ctc_beam has no end_detection"),
         ({"min_len_ratio": 2.0}, "exceeds max_len_ratio"),
