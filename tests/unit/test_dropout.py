@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speechtx.model.dropout import Dropout, dropout_cpu
+from speechtx.model.dropout import LEVELS, Dropout, _KeepAbove, dropout_cpu, dropout_plain
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -38,6 +38,28 @@ def test_gradient_flows_through_kept_values_only() -> None:
     assert x.grad is not None
     assert torch.equal(x.grad == 0, y == 0)
     assert torch.allclose(x.grad[y != 0], torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dropped", [0, 1, 6554, LEVELS // 2, LEVELS - 1])
+def test_the_fast_way_is_the_definition_to_the_bit(dtype: torch.dtype, dropped: int) -> None:
+    lowest, highest = -LEVELS // 2, LEVELS // 2 - 1
+    levels = torch.arange(lowest, highest + 1, dtype=torch.int32).to(torch.int16).view(256, 256)  # each once
+    x = torch.randn(256, 256, dtype=dtype).t().requires_grad_()
+    grad = torch.randn(256, 256, dtype=dtype)
+    grad[0, 0] = torch.nan
+    fast, plain = _KeepAbove.apply(x, levels, dropped), dropout_plain(x, levels, dropped)
+    assert (fast == 0).sum() == dropped
+    assert torch.equal(fast, plain)
+    ours, theirs = (torch.autograd.grad(y, x, grad)[0] for y in (fast, plain))
+    assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
+def test_two_byte_types_drop_as_often_as_asked() -> None:
+    torch.manual_seed(0)
+    y = dropout_cpu(torch.ones(1_000_000, dtype=torch.bfloat16), 0.1)
+    assert y.dtype == torch.bfloat16
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=1e-3)
 
 
 def test_evaluation_changes_nothing() -> None:

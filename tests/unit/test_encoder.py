@@ -94,7 +94,7 @@ def test_bfloat16_autocast_stays_near_float32(kind: str) -> None:
 
 @pytest.mark.parametrize("kernel", [1, 3, 15])
 @pytest.mark.parametrize("length", [1, 4, 30])
-def test_summing_taps_equals_the_plain_depthwise_convolution(kernel: int, length: int) -> None:
+def test_channels_innermost_give_the_plain_depthwise_convolution(kernel: int, length: int) -> None:
     layer = DepthwiseConv(dim=6, kernel=kernel).double()
     with torch.no_grad():
         layer.bias.normal_()
@@ -102,7 +102,7 @@ def test_summing_taps_equals_the_plain_depthwise_convolution(kernel: int, length
     grad = torch.randn(3, length, 6, dtype=torch.float64)
     arguments = (x, layer.weight, layer.bias)
     out = layer(x)
-    assert type(out.grad_fn).__name__ == "_TapSumBackward"
+    assert out.is_contiguous(), "a layer behind it would copy"
     torch.testing.assert_close(out, depthwise_plain(*arguments), atol=1e-12, rtol=0)
     for ours, plain in zip(
         torch.autograd.grad(out, arguments, grad), torch.autograd.grad(depthwise_plain(*arguments), arguments, grad), strict=True
