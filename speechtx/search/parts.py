@@ -229,12 +229,10 @@ def _require_each_once(decoded: Sequence[str], expected: Sequence[str], out_dir:
     seen, wanted = set(decoded), set(expected)
     twice = sorted({utt for i, utt in enumerate(decoded) if i and decoded[i - 1] == utt})
     for problem, utts in (
-        ("were not decoded", wanted - seen),
-        ("are not in the data", seen - wanted),
+        (f"of {data_dir} were not decoded", wanted - seen),
+        (f"are not in {data_dir}", seen - wanted),
         ("were decoded twice", twice),
     ):
         if utts:
             names = ", ".join(sorted(utts)[:5]) + (" ..." if len(utts) > 5 else "")
-            raise DataError(
-                f"{out_dir}/parts: {len(utts)} utterance(s) {problem} ({data_dir}/feats.scp): {names}; run the decode jobs again"
-            )
+            raise DataError(f"{out_dir}/parts: {len(utts)} utterance(s) {problem}: {names}; run the decode jobs again")

@@ -190,9 +190,9 @@ def test_merging_refuses_lost_doubled_and_unknown_utterances(exp, data, tmp_path
     merge = ["decode", "--merge", "--data", str(data), "--out", str(out)]
     lost = json.loads(lines[-1])["utt"]
     for content, words in (
-        (lines[:-1], ["1 utterance(s) were not decoded", lost]),
-        ([*lines, lines[-1]], ["1 utterance(s) were decoded twice", lost]),
-        ([*lines, lines[-1].replace(lost.encode(), b"stranger")], ["1 utterance(s) are not in the data", "stranger"]),
+        (lines[:-1], [f"1 utterance(s) of {data} were not decoded: {lost};"]),
+        ([*lines, lines[-1]], [f"1 utterance(s) were decoded twice: {lost};"]),
+        ([*lines, lines[-1].replace(lost.encode(), b"stranger")], [f"1 utterance(s) are not in {data}: stranger;"]),
         ([*lines[:2], b'{"utt": 1}\n', *lines[2:]], ["1.jsonl:3", "not a result"]),
         ([], ["1.jsonl: missing"]),
     ):
