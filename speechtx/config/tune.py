@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,24 @@ from speechtx.config.load import load_config, locate
 from speechtx.config.section import Section
 
 MAX_POINTS = 500  # each keeps a file open while it is decoded
+
+
+# Keys that leave the best hypothesis as it is, whatever the method.
+_NEVER: dict[str, str] = {
+    "frames_per_batch": "it changes how fast a search is, not what it finds; set it in the decoding configuration",
+    "nbest": "the best hypothesis is scored, however many are written",
+}
+
+# When a search reads the keys that DecodeConfig lets stand although a search does not; all others are read or refused there.
+_READ: dict[str, Callable[[DecodeConfig], bool]] = {
+    "beam": lambda c: c.method in ("beam", "ctc_beam", "attention_rescoring"),
+    "ctc_weight": lambda c: c.method in ("beam", "attention_rescoring"),
+    "max_len_ratio": lambda c: c.method in ("beam", "ctc_beam", "attention_rescoring"),
+    "coverage_threshold": lambda c: c.coverage_weight > 0,
+    "hot_word_bonus": lambda c: bool(c.hot_words),
+    "mask_threshold": lambda c: c.method == "mask_ctc",
+    "mask_iterations": lambda c: c.method == "mask_ctc",
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +63,8 @@ def load_grid(path: str | Path, base: DecodeConfig) -> list[GridPoint]:
         base: the configuration whose values are replaced.
 
     Raises:
-        ConfigError: an unknown key, no list, a bad or repeated value (each with file and line), values that do not go together,
-            no key at all, or more than MAX_POINTS combinations.
+        ConfigError: an unknown key, no list, a bad or repeated value, a key without effect (each with file and line), values that
+            do not go together, no key at all, or more than MAX_POINTS combinations.
     """
     grid = load_config(path, _Grid)
     lists = {key: getattr(grid, key) for key in grid.model_fields_set}
@@ -61,7 +79,19 @@ def load_grid(path: str | Path, base: DecodeConfig) -> list[GridPoint]:
     for rank in itertools.product(*(range(len(values)) for values in ordered.values())):
         values = {key: ordered[key][i] for key, i in zip(ordered, rank, strict=True)}
         points.append(GridPoint(values, rank, _point_config(path, base, values)))
+    _require_effect(path, lists, [point.config for point in points])
     return points
+
+
+def _require_effect(path: str | Path, keys: Iterable[str], configs: Sequence[DecodeConfig]) -> None:
+    """Refuses keys whose values would all be equally good, and the choice among them nobody's."""
+    for key in keys:
+        why = _NEVER.get(key)
+        if why is None and key in _READ and not any(map(_READ[key], configs)):
+            methods = " and ".join(dict.fromkeys(config.method for config in configs))
+            why = f"no combination reads it (method {methods})"
+        if why is not None:
+            raise ConfigError(f"{locate(path, key)}: {key}: trying values has no effect: {why}")
 
 
 def _point_config(path: str | Path, base: DecodeConfig, values: dict[str, Any]) -> DecodeConfig:

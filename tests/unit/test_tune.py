@@ -93,11 +93,10 @@ def test_each_point_gives_what_decoding_with_it_alone_gives(exp, dev, ngram, con
 
 
 def test_of_equally_good_points_the_smallest_values_win_in_the_order_of_the_file(exp, dev, ngram, conf, tmp_path):
-    (conf / "decode.yaml").write_text("method: ctc_greedy\n")
-    (conf / "tune.yaml").write_text("beam: [7, 3, 5]\nmask_iterations: [9, 8]\n")
-    assert tune(exp, dev, ngram, conf, tmp_path / "tune") == 0  # a greedy search reads neither
+    (conf / "tune.yaml").write_text("max_repeats: [170, 130, 150]\nmax_len_ratio: [9, 8]\n")
+    assert tune(exp, dev, ngram, conf, tmp_path / "tune") == 0  # limits that no hypothesis reaches
     report = json.loads((tmp_path / "tune" / "tune.json").read_text())
-    assert report["chosen"] == {"beam": 3, "mask_iterations": 8} and len({point["errors"] for point in report["points"]}) == 1
+    assert report["chosen"] == {"max_repeats": 130, "max_len_ratio": 8.0} and len({point["errors"] for point in report["points"]}) == 1
     assert "6 configurations have as few errors" in (tmp_path / "tune" / "tuned.yaml").read_text()
 
 
@@ -157,7 +156,12 @@ def test_results_of_other_data_are_not_scored_as_this_data(exp, dev, ngram, conf
         ("", "names no key"),
         ("- 1\n", ":1: expected a mapping"),
         ("method: [beam, ctc_greedy]\nlm_weight: [0.3]\n", "method ctc_greedy, lm_weight 0.3: these values do not go together"),
-        ("nbest: [1, 20]\n", "nbest 20: these values do not go together"),
+        ("beam: [1, 2]\nmin_len_ratio: [2.0]\n", "min_len_ratio 2.0: these values do not go together"),
+        ("beam: [3]\nframes_per_batch: [4000, 8000]\n", ":2: frames_per_batch: trying values has no effect: it changes how fast"),
+        ("nbest: [1, 2]\n", ":1: nbest: trying values has no effect: the best hypothesis is scored"),
+        ("method: [beam, ctc_beam]\nmask_iterations: [1, 5]\n", ":2: mask_iterations: trying values has no effect: no combination"),
+        ("method: [ctc_greedy]\nctc_weight: [0.1]\n", ":2: ctc_weight: trying values has no effect"),
+        ("hot_word_bonus: [1.0, 2.0]\n", ":1: hot_word_bonus: trying values has no effect"),
         (f"beam: {list(range(1, 30))}\nlm_weight: {[i / 10 for i in range(30)]}\n", "870 combinations"),
     ],
 )
@@ -180,6 +184,12 @@ def test_phrases_and_their_bonus_can_be_a_grid_too(tmp_path):
         (("NEW YORK", "BOSTON"), 2.0),
     ]
     assert {p.config.beam for p in points} == {4}
+
+
+def test_a_key_that_some_of_the_methods_tried_read_may_be_tried(tmp_path):
+    path = tmp_path / "tune.yaml"
+    path.write_text("method: [ctc_greedy, beam]\nctc_weight: [0.3, 0.5]\nbeam: [2, 4]\nmax_len_ratio: [0.5]\n")
+    assert len(load_grid(path, DecodeConfig())) == 8
 
 
 def test_a_grid_with_a_language_model_that_was_not_given_is_refused_before_anything_is_decoded(
