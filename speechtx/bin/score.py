@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     import hashlib
 
     from speechtx.config.errors import ScoringError
-    from speechtx.data.kaldi_dir import read_table
+    from speechtx.data.kaldi_table import read_table
     from speechtx.scoring.results import read_score
     from speechtx.scoring.sclite import score, write_score
     from speechtx.scoring.significance import bootstrap_interval, paired_bootstrap

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from speechtx.config.errors import ConfigError
     from speechtx.config.load import load_config, parse_config
     from speechtx.config.schema import TrainConfig
-    from speechtx.data.kaldi_dir import read_table
+    from speechtx.data.kaldi_table import read_table
     from speechtx.text.tokenizer import Tokenizer, report_unknown, train_tokenizer
 
     if args.text is None:

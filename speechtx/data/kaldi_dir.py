@@ -11,23 +11,7 @@ from pathlib import Path
 
 from speechtx.config.errors import DataError
 from speechtx.data.kaldi_checks import check_data_dir
-from speechtx.data.kaldi_table import TABLES, Segment, format_table, read_segments, read_table, read_utt2spk, write_table
-
-__all__ = [
-    "CARRIED",
-    "DataDirSummary",
-    "Segment",
-    "Tables",
-    "read_data_dir",
-    "read_segments",
-    "read_table",
-    "read_utt2spk",
-    "restrict",
-    "spk2utt_of",
-    "validate_data_dir",
-    "write_data_dir",
-    "write_table",
-]
+from speechtx.data.kaldi_table import TABLES, format_table, read_table
 
 Tables = dict[str, dict[str, str]]
 """The tables of a directory by file name, each a dict from key to value."""

@@ -9,7 +9,7 @@ from speechtx.config.errors import DataError
 from speechtx.config.load import load_config
 from speechtx.config.schema import FbankConfig
 from speechtx.data.ark import read_scp
-from speechtx.data.kaldi_dir import read_table
+from speechtx.data.kaldi_table import read_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import DataError
 from speechtx.config.load import config_hash, dump_config
 from speechtx.config.tune import GridPoint
-from speechtx.data.kaldi_dir import read_table
+from speechtx.data.kaldi_table import read_table
 from speechtx.data.manifest import Utterance
 from speechtx.scoring.sclite import score
 from speechtx.search.batch_decoder import BatchDecoder

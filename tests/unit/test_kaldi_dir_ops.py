@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechtx.config.errors import DataError
-from speechtx.data.kaldi_dir import Tables, read_data_dir, read_table, spk2utt_of, validate_data_dir, write_data_dir, write_table
+from speechtx.data.kaldi_dir import Tables, read_data_dir, spk2utt_of, validate_data_dir, write_data_dir
 from speechtx.data.kaldi_dir_fix import fix_data_dir
 from speechtx.data.kaldi_dir_ops import combine_data_dirs, copy_data_dir, perturb_speed, split_data_dir, subset_data_dir
+from speechtx.data.kaldi_table import read_table, write_table
 
 ID = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S"), exclude_characters="/"), min_size=1, max_size=6)
 WORD = st.text(st.characters(codec="utf-8", categories=("L", "M", "N", "P", "S")), min_size=1, max_size=6)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from speechtx.config.errors import DataError
-from speechtx.data.kaldi_dir import read_segments, read_table, read_utt2spk, validate_data_dir, write_table
+from speechtx.data.kaldi_dir import validate_data_dir
+from speechtx.data.kaldi_table import read_segments, read_table, read_utt2spk, write_table
 
 
 @pytest.fixture
