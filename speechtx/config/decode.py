@@ -10,7 +10,9 @@ from speechtx.config.section import Fraction, NonNegative, NonNegativeFloat, Pos
 
 Method = Literal["beam", "ctc_beam", "attention_rescoring", "ctc_greedy", "mask_ctc"]
 
-# What adds to scores or forbids tokens, and the methods that do it. Asked of another method it is an error, never ignored.
+# What adds to scores or forbids tokens, and the methods that do it. Asked of another method it is an error, never ignored. The
+# other keys (beam, ctc_weight, max_len_ratio, mask_*) say how wide a search is and how it weighs; a method passes over those it has
+# no use for, so that the file of one method serves another with `--set method=...`.
 _DONE_BY: dict[str, tuple[Method, ...]] = {
     "nbest": ("beam", "ctc_beam", "attention_rescoring"),
     "lm_weight": ("beam", "ctc_beam", "attention_rescoring"),
