@@ -25,7 +25,8 @@ from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
 from speechtx.frontend.perturb_features import FeaturePerturbation, draw_tempo
 from speechtx.frontend.specaugment import read_at, spec_augment
 
-# Numbers of random streams of an utterance, each for the first view; 0 would be the stream without a number.
+# Numbers of random streams of an utterance: of the first view, the next view has the next one; of TEMPO, which all views share.
+# 0 would be the stream without a number.
 MASKS, PERTURBATION, TEMPO = 1, 3, 5
 
 

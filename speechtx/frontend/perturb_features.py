@@ -59,8 +59,8 @@ def draw_tempo(num_frames: int, tempo: float, rng: np.random.Generator, *, short
     Returns:
         (T',) float64, between 0 and T - 1; None where T' is T.
     """
-    faster = max(round(num_frames / rng.uniform(1.0 - tempo, 1.0 + tempo)), min(shortest, num_frames))
-    return None if faster == num_frames or num_frames < 2 else np.linspace(0, num_frames - 1, faster)
+    length = max(round(num_frames / rng.uniform(1.0 - tempo, 1.0 + tempo)), min(shortest, num_frames))
+    return None if length == num_frames or num_frames < 2 else np.linspace(0, num_frames - 1, length)
 
 
 def warp_frequency(feats: np.ndarray, alpha: float, fbank: FbankConfig) -> np.ndarray:
