@@ -34,7 +34,7 @@ class Outcomes:
         late: how many steps later an outcome is read: by default 1 from a GPU and 0 from a CPU, which has it at once.
     """
 
-    def __init__(self, device: torch.device, late: int | None = None) -> None:
+    def __init__(self, device: torch.device, *, late: int | None = None) -> None:
         self.device = device
         self.late = late if late is not None else int(device.type == "cuda")
         self._queue: deque[tuple[int, Group, Tensor, torch.cuda.Event | None]] = deque()
