@@ -11,8 +11,8 @@ from speechtx.config.section import Fraction, NonNegative, NonNegativeFloat, Pos
 Method = Literal["beam", "ctc_beam", "attention_rescoring", "ctc_greedy", "mask_ctc"]
 
 # What adds to scores or forbids tokens, and the methods that do it. Asked of another method it is an error, never ignored. The
-# other keys (beam, ctc_weight, max_len_ratio, mask_*) say how wide a search is and how it weighs; a method passes over those it has
-# no use for, so that the file of one method serves another with `--set method=...`.
+# other keys (beam, ctc_weight, max_len_ratio, mask_*) say how wide a search is and how it weighs; a method passes over those it
+# has no use for, so that the file of one method serves another with `--set method=...`.
 _DONE_BY: dict[str, tuple[Method, ...]] = {
     "nbest": ("beam", "ctc_beam", "attention_rescoring"),
     "lm_weight": ("beam", "ctc_beam", "attention_rescoring"),
@@ -66,7 +66,9 @@ class DecodeConfig(Section):
         if self.coverage_weight and self.ctc_weight == 1.0:
             raise ValueError("coverage_weight counts frames that the decoder attended to; ctc_weight 1.0 leaves the decoder out")
         if self.method == "attention_rescoring" and self.ctc_weight == 1.0:
-            raise ValueError("attention_rescoring with ctc_weight 1.0 leaves the decoder out; use method ctc_beam, which ranks alike")
+            raise ValueError(
+                "attention_rescoring with ctc_weight 1.0 leaves the decoder out; use method ctc_beam, which ranks alike"
+            )
         for key, methods in _DONE_BY.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.method not in methods:
                 raise ValueError(f"method {self.method} has no {key}, which is for method {' and '.join(methods)}")
