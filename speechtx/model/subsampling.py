@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechtx.config.errors import ConfigError
 from speechtx.config.schema import SubsamplingConfig
 from speechtx.model.attention_2d import Attention2d
 
@@ -73,6 +74,9 @@ class Subsampling(nn.Module):
         separable: splits all convolutions but the first.
         attention_2d: how many 2D-attention modules.
         attention_2d_channels: c of each.
+
+    Raises:
+        ConfigError: too few mel bins for the factor.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class Subsampling(nn.Module):
     ) -> None:
         super().__init__()
         if subsampled_length(num_mel_bins, factor) < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"num_mel_bins {num_mel_bins} leaves nothing after the convolutions of factor {factor}; {min_frames(factor)} is "
                 "the least"
             )

@@ -117,7 +117,7 @@ attention_penalty: {{encoder_self: {{shape: window, unit: ms, window: {80 * fact
 
 @pytest.mark.parametrize(("factor", "least"), [(4, 7), (6, 11), (8, 15)])
 def test_too_few_mel_bins_are_refused_with_the_least_number(factor: int, least: int) -> None:
-    with pytest.raises(ValueError, match=rf"num_mel_bins {least - 1}.*{least} is the least"):
+    with pytest.raises(ConfigError, match=rf"num_mel_bins {least - 1}.*{least} is the least"):
         Subsampling(num_mel_bins=least - 1, channels=4, dim=8, factor=factor)
 
 
