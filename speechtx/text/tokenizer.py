@@ -38,6 +38,9 @@ _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 class Tokenizer:
     """A trained tokenizer; make one with `Tokenizer.load` or `train_tokenizer`."""
 
+    blank_id = 0
+    unk_id = 1
+
     def __init__(self, *, model_proto: bytes, source: str = "<bytes>") -> None:
         """Wraps a serialised sentencepiece model. `source` is the name that errors show.
 
@@ -57,8 +60,6 @@ class Tokenizer:
         self.model_proto = model_proto
         pieces = [self._sp.id_to_piece(i) for i in range(1, self._sp.get_piece_size())]
         self.pieces: list[str] = [BLANK, UNK, *pieces, SOS_EOS]
-        self.blank_id = 0
-        self.unk_id = 1
         self.vocab_size = len(self.pieces)
         self.sos_eos_id = self.vocab_size - 1
 

@@ -11,8 +11,6 @@ from speechtx.data.kaldi_table import read_table
 from speechtx.text.normalize import split_words
 from speechtx.text.tokenizer import Tokenizer
 
-_UNK_ID = 1
-
 
 @dataclass(frozen=True)
 class LmText:
@@ -36,7 +34,7 @@ class LmText:
     @property
     def unknown(self) -> int:
         """Tokens that are <unk>."""
-        return sum(ids.count(_UNK_ID) for ids in self.sentences)
+        return sum(ids.count(Tokenizer.unk_id) for ids in self.sentences)
 
     @property
     def tokens(self) -> int:
