@@ -24,6 +24,7 @@ from pathlib import Path
 from benchmarks.an4_lengths import AN4_TEST
 from benchmarks.decode_bench import Bench
 from benchmarks.decode_case import trained_case
+from benchmarks.decode_length import measure_length
 from benchmarks.decode_start import measure_start
 from benchmarks.decode_tables import (
     measure_cores,
@@ -46,6 +47,7 @@ MEASURE: dict[str, Callable[[Bench], None]] = {
     "start": measure_start,
     "cores": measure_cores,
     "growth": measure_growth,
+    "length": measure_length,
     "memory": measure_memory,
 }
 

@@ -1,0 +1,76 @@
+"""The table of the decoding benchmark that says what longer audio costs a trained model."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from benchmarks.decode_bench import JOINT, SPREAD, Bench, milliseconds
+from benchmarks.decode_case import Case
+from benchmarks.decode_tables import exponent
+from benchmarks.decode_workers import Times, take_turns
+
+SEARCHES: dict[str, dict[str, object]] = {
+    "encoder, CTC greedy": {"method": "ctc_greedy"},
+    "beam 10, CTC alone": JOINT | {"ctc_weight": 1.0},
+    "beam 10, CTC 0.3": JOINT,
+}
+
+
+def measure_length(bench: Bench) -> None:
+    """Utterances joined to audio of growing length; the lengths are searched freely if the model is trained."""
+    name = bench.names[-1]
+    joined = _joined(bench.case(name)[0], bench.seconds)
+    path = bench.save(f"{name}-length", joined)
+    table: dict[str, dict[int, Times]] = {search: {} for search in SEARCHES}
+    tokens: list[int] = []
+    with ExitStack() as stack:
+        worker = bench.workers(stack, path, peer=False)["ours"]
+        for utt, seconds in enumerate(bench.seconds):
+            requests = {
+                search: {"utts": [utt], "config": config, "encode": True, "forced": name != "trained" and "beam" in config}
+                for search, config in SEARCHES.items()
+            }
+            times = take_turns({s: milliseconds(worker, 1, **request) for s, request in requests.items()}, rounds=bench.rounds)
+            for search, taken in times.items():
+                table[search][seconds] = taken
+            tokens.append(len(worker.ask("search", **requests["beam 10, CTC 0.3"])["tokens"][0]))
+    rows = [
+        [str(s), str(joined.tokens[i]), str(tokens[i]), *(cell for curve in table.values() for cell in _cells(curve, i))]
+        for i, s in enumerate(bench.seconds)
+    ]
+    fits = "; ".join(f"{search}: {exponent(curve):.2f}" for search, curve in table.items())
+    bench.report.add(
+        f"Cost of long audio, utterances joined: ms from features ({name}, 1 thread)",
+        ["seconds", "tokens", "found", *(head for search in SEARCHES for head in (f"{search}, ms", "exponent"))],
+        rows,
+        f"Fitted exponents of cost ~ seconds^e over all rows: {fits}. 1 is linear; the columns say it from the row above. "
+        "What the beam adds to the encoder is linear where its text agrees with CTC; the encoder's self-attention is not. A "
+        "model that was trained on short utterances skips words in long audio (`found`: tokens of the last search), and a text that "
+        f"disagrees with CTC takes wider windows. {SPREAD}",
+    )
+
+
+def _cells(curve: dict[int, Times], row: int) -> list[str]:
+    """Time and exponent of a row."""
+    (at, times), before = list(curve.items())[row], list(curve.items())[row - 1]
+    local = math.log(times.median / before[1].median) / math.log(at / before[0]) if row else None
+    return [str(times), "-" if local is None else f"{local:.2f}"]
+
+
+def _joined(case: Case, seconds: tuple[int, ...]) -> Case:
+    """The case's utterances one after another, again from the first if they do not suffice, cut to each of these lengths."""
+    feats, tokens = [], []
+    for wanted in (100 * s for s in seconds):
+        frames = num = utt = 0
+        taken = []
+        while frames < wanted:
+            taken.append(case.feats[utt % len(case.feats)][: wanted - frames])
+            num += round(case.tokens[utt % len(case.tokens)] * len(taken[-1]) / len(case.feats[utt % len(case.feats)]))
+            frames, utt = frames + len(taken[-1]), utt + 1
+        feats.append(torch.cat(taken))
+        tokens.append(num)
+    return replace(case, feats=feats, tokens=tokens, encoder_bias=None)
