@@ -49,8 +49,8 @@ def measure_length(bench: Bench) -> None:
         rows,
         f"Fitted exponents of cost ~ seconds^e over all rows: {fits}. 1 is linear; the columns say it from the row above. "
         "What the beam adds to the encoder is linear where its text agrees with CTC; the encoder's self-attention is not. A "
-        "model that was trained on short utterances skips words in long audio (`found`: tokens of the last search), and a text that "
-        f"disagrees with CTC takes wider windows. {SPREAD}",
+        "model that was trained on short utterances skips words in long audio (`found`: tokens of the last search), and a text "
+        f"that disagrees with CTC takes wider windows. {SPREAD}",
     )
 
 
