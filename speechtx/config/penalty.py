@@ -253,14 +253,25 @@ class AttentionPenaltyConfig(Section):
             raise ValueError("decoder_self: unit ms has no meaning for tokens")
         if self.decoder_self.apply != "logits":
             raise ValueError("decoder_self: apply: after_softmax is for encoder_self")
-        if not self.decoder_self.symmetric:
-            raise ValueError("decoder_self: symmetric: false has no meaning, the decoder never sees keys to the right")
         if self.encoder_self.apply != "logits" and self.backend not in ("auto", "eager"):
             raise ValueError(f"backend {self.backend} cannot do apply: after_softmax; use eager")
-        for name, site in (("encoder_self", self.encoder_self), ("decoder_self", self.decoder_self)):
-            if site.shape != "none" and (why := backend_refuses(self.backend, site, causal=name == "decoder_self")):
-                raise ValueError(f"{name}: backend {self.backend} {why}; use auto or another backend")
+        self._check_backend("encoder_self", self.encoder_self, causal=False)
         return self
+
+    def check_decoder_self(self, *, causal: bool) -> None:
+        """Refuses what a decoder cannot do: one that is causal, or one that sees all tokens (`decoder.type: mask_ctc`).
+
+        Raises:
+            ValueError: see above.
+        """
+        where = "attention_penalty.decoder_self"
+        if causal and not self.decoder_self.symmetric:
+            raise ValueError(f"{where}: symmetric: false has no meaning, the decoder never sees keys to the right")
+        self._check_backend(where, self.decoder_self, causal=causal)
+
+    def _check_backend(self, where: str, site: PenaltyConfig, *, causal: bool) -> None:
+        if site.shape != "none" and (why := backend_refuses(self.backend, site, causal=causal)):
+            raise ValueError(f"{where}: backend {self.backend} {why}; use auto or another backend")
 
 
 def backend_refuses(backend: str, site: PenaltyConfig, *, causal: bool) -> str:

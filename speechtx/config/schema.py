@@ -185,6 +185,7 @@ class ModelConfig(Section):
         self._check_intermediate_ctc()
         penalty = self.attention_penalty
         check_site(penalty.encoder_self, "encoder_self", num_layers=self.encoder.layers, num_heads=self.encoder.heads)
+        penalty.check_decoder_self(causal=self.decoder.type == "attention")
         for name in ("decoder_self", "cross"):
             site = getattr(penalty, name)
             check_site(site, name, num_layers=self.decoder.layers, num_heads=self.decoder.heads)

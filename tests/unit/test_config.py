@@ -139,6 +139,8 @@ def test_impossible_penalty_is_refused(penalty: str, expected: str) -> None:
         ("{backend: sdpa, encoder_self: {shape: log, apply: after_softmax}}", "use eager"),
         ("{decoder_self: {shape: log, unit: ms}}", "no meaning for tokens"),
         ("{decoder_self: {shape: log, symmetric: false, scale_right: 1.0}}", "never sees keys to the right"),
+        ("{backend: blocks, decoder_self: {shape: log, window: 8}}", "decoder_self: backend blocks is not causal"),
+        ("{backend: fold, decoder_self: {shape: gaussian, sigma: 3.0}}", "folds causal linear penalties only"),
         ("{cross: {shape: gaussian, sigma: 2.0, axis: rate}}", "needs rate"),
         ("{cross: {shape: gaussian, sigma: 2.0, step: 2}}", "needs integer positions"),
         ("{cross: {shape: gaussian, sigma: 2.0, unit: ms}}", "brings its own unit"),

@@ -42,7 +42,7 @@ BLANK, END = 0, VOCAB - 1
 BINS = 20
 
 
-def make_model(kind: str = "mask_ctc", layers: int = 2, **penalty: PenaltyConfig) -> Recognizer:
+def make_model(kind: str = "mask_ctc", layers: int = 2, **penalty: PenaltyConfig | str) -> Recognizer:
     """A random model in evaluation mode whose CTC is neither sure nor flat."""
     torch.manual_seed(3)
     config = ModelConfig(
@@ -258,6 +258,26 @@ def test_training_decoding_and_transcribing_work_with_the_one_switch(tmp_path: P
     assert isinstance(recognizer.transcribe((np.random.default_rng(0).uniform(-0.5, 0.5, 16000).astype(np.float32), 16000)), str)
     with pytest.raises(ConfigError, match="decode with method mask_ctc"):
         speechtx.load_recognizer(exp, device="cpu", decode=DecodeConfig())
+
+
+@pytest.mark.parametrize(
+    ("backend", "penalty"),
+    [
+        ("auto", "{shape: log, symmetric: false, scale_right: 3.0}"),
+        ("blocks", "{shape: log, window: 2}"),
+        ("fold", "{shape: gaussian, sigma: 3.0}"),
+    ],
+)
+def test_penalties_and_backends_that_a_causal_decoder_cannot_have_are_right_for_this_one(backend: str, penalty: str) -> None:
+    tokens, lens = torch.tensor([[3, BLANK, 5, 6, 2, 1, 4]]), torch.tensor([7])
+    logits = []
+    for name in (backend, "eager"):
+        text = f"decoder: {{type: mask_ctc}}\nattention_penalty: {{backend: {name}, decoder_self: {penalty}}}"
+        sites = parse_config(text, ModelConfig).attention_penalty
+        model = make_model(backend=sites.backend, decoder_self=sites.decoder_self)
+        with torch.no_grad():
+            logits.append(model.decoder(tokens, lens, *encoded([20], 0)))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
 
 
 def test_cross_attention_penalties_on_every_other_axis_are_accepted() -> None:
