@@ -66,9 +66,7 @@ class DecodeConfig(Section):
         if self.coverage_weight and self.ctc_weight == 1.0:
             raise ValueError("coverage_weight counts frames that the decoder attended to; ctc_weight 1.0 leaves the decoder out")
         if self.method == "attention_rescoring" and self.ctc_weight == 1.0:
-            raise ValueError(
-                "attention_rescoring with ctc_weight 1.0 leaves the decoder out; use method ctc_beam, which ranks alike"
-            )
+            raise ValueError("attention_rescoring with ctc_weight 1.0 leaves the decoder out; use method ctc_beam")
         for key, methods in _DONE_BY.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.method not in methods:
                 raise ValueError(f"method {self.method} has no {key}, which is for method {' and '.join(methods)}")
