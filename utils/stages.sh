@@ -84,7 +84,7 @@ start_recipe() {
   overrides=()
   for override in "${set[@]}"; do overrides+=(--set "$override"); done
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --exp "$exp"
-    --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu")
+    --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu" --speeds "$speeds")
   [[ ! -f $lm_config ]] || check_options+=(--lm-config "$lm_config")
   for decoding in "${decodings[@]}"; do
     [[ -f $decoding ]] || recipe_error "$decoding: no such decoding configuration"

@@ -86,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus-gib", type=float, default=1.0, metavar="X", help="size of the corpus' audio in GiB (default: 1)"
     )
+    parser.add_argument(
+        "--speeds", default="", metavar="F,F,...", help="the training set will be copied at these speeds (default: none)"
+    )
     parser.add_argument("--nj", type=int, default=1, metavar="N", help="parallel jobs")
     parser.add_argument("--ngpu", type=int, default=0, metavar="N", help="GPUs to train on")
 
@@ -112,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         check_disk(
             args.data,
             audio_gib=args.corpus_gib,
+            copies=args.speeds.count(",") + 1,
             parameters=parameters,
             epochs_kept=training.average.num if training else 10,
             ema=training is not None and training.ema is not None,
@@ -345,13 +349,14 @@ def _writable(path: Path) -> bool:
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
-def check_disk(data: Path, *, audio_gib: float, parameters: int, epochs_kept: int, ema: bool = False) -> Finding:
-    """Free space against what the stages will write: the unpacked corpus, its features, checkpoints."""
-    # 80 float32 bins at 100 frames a second are 32 kB/s, as much as 16-bit audio at 16 kHz: once for each.
+def check_disk(data: Path, *, audio_gib: float, parameters: int, epochs_kept: int, copies: int = 1, ema: bool = False) -> Finding:
+    """Free space against what the stages will write: the unpacked corpus, its features at each speed, checkpoints."""
+    # 80 float32 bins at 100 frames a second are 32 kB/s, as much as 16-bit audio at 16 kHz: once for the audio, and once for each
+    # of its copies. Only the training set is copied, but it is nearly all of a corpus, and copies hold no audio of their own.
     # A resumable checkpoint holds weights, two moments and perhaps a moving average; last.pt, previous.pt and one being written
     # exist at once.
     weights_gib = parameters * 4 / GIB
-    needed = 2 * audio_gib + weights_gib * (3 * (3 + ema) + epochs_kept + 2)
+    needed = (1 + copies) * audio_gib + weights_gib * (3 * (3 + ema) + epochs_kept + 2)
     nearest = next(p for p in (data.absolute(), *data.absolute().parents) if p.exists())
     free = shutil.disk_usage(nearest).free / GIB
     message = f"{free:.1f} GiB free, about {needed:.1f} GiB needed"

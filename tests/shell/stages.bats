@@ -394,6 +394,12 @@ calls() {
   [ "$(grep -c -- '--decode-config conf/decode.yaml --tune conf/decode.yaml conf/tune.yaml --decode-config conf/decode_x.yaml' "$T/calls")" -eq 1 ]
 }
 
+@test "stage 0 is told at which speeds the training set will be copied" {
+  finished
+  run ./run.sh --stop-stage check --speeds 0.9,1.0,1.1
+  grep -q -- '--speeds 0.9,1.0,1.1 ' "$T/calls"
+}
+
 @test "the page is written again when a decoding changed, although its text did not" {
   finished
   program "$T/utils/steps/decode.sh" 'echo "decode ${!#}" >>"$T/calls"; mkdir -p "${!#}"; echo "utt HELLO" >"${!#}/text"'

@@ -153,6 +153,15 @@ def test_too_little_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "GiB free, about 2000000000." in out
 
 
+def test_every_copy_of_the_training_set_at_another_speed_needs_room_for_its_features(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = run(capsys, "--corpus-gib", "1e9", "--speeds", "")
+    assert "about 2000000000." in out
+    _, out = run(capsys, "--corpus-gib", "1e9", "--speeds", "0.9,1.0,1.1")
+    assert "about 4000000000." in out, "the audio once, its features three times"
+
+
 def test_gpus_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = run(capsys, "--ngpu", "99")
     assert status == 1
