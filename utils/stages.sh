@@ -18,7 +18,8 @@
 # start_recipe sets: exp, lm (where language models are made), tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
 # arguments), check_options, decodings, decode_nj, lm_options (of steps/decode.sh and tune.sh). Further arguments of begin_stage go to `speechtx stamp begin` (more inputs: --in FILE,
 # --value NAME=VALUE). It sets stage_state to first, changed, extended, interrupted or missing, and
-# stage_changed to whether it is `changed`: what an earlier run made is then of no use.
+# stage_changed to whether it is `changed`: what an earlier run made is then of no use. A training that could not start because of an
+# error stays `changed`, one that was killed on its way is `interrupted`.
 # shellcheck disable=SC2154,SC2034  # variables of run.sh, read here, and ours, read there
 
 stage_names=(check data fbank bpe train average decode score)
@@ -209,8 +210,11 @@ begin_stage() {
   list_inputs "$name"
   if $force || [[ $name == train && $restart == true ]]; then stage_inputs+=(--force); fi
   answer=$(speechtx stamp begin --stamp "$stage_stamp" "${stage_inputs[@]}" "$@") || exit
-  stage_state=${answer%% *} stage_changed=false
-  [[ $stage_state != changed ]] || stage_changed=true
+  stage_state=${answer%% *} stage_changed=false stage_made=''
+  case $name in
+    train) stage_made=$exp ;;
+    transformer) stage_made=$lm/transformer ;;
+  esac
   case $stage_state in
     skip)
       stage_running=''
@@ -223,9 +227,23 @@ begin_stage() {
     interrupted) title+="; again, because it did not finish" ;;
   esac
   say "stage $number $name: $title"
+  if [[ -n $stage_made ]]; then recall_change; fi
+  [[ $stage_state != changed ]] || stage_changed=true
+}
+
+# What lies in $stage_made was trained otherwise, and a step is about to move it aside. It bears a mark until then, so that a step which
+# fails before that does not leave the next run to continue it. A training that began since lies in a new directory, without the mark.
+recall_change() {
+  local mark=$stage_made/.outdated
+  if [[ $stage_state == changed && -f $stage_made/config.yaml ]]; then
+    : >"$mark"
+  elif [[ $stage_state == interrupted && -f $mark ]]; then
+    stage_state=changed
+  fi
 }
 
 end_stage() {
+  [[ -z $stage_made ]] || rm -f "$stage_made/.outdated"
   speechtx stamp end --stamp "$stage_stamp"
   stage_running=''
 }

@@ -50,8 +50,13 @@ make_recipe() {
   program "$T/utils/steps/train.sh" '
     echo "train $*" >>"$T/calls"
     [[ ! -e $T/fail_train ]] || { echo "out of luck" >&2; exit 3; }
+    if [[ $* == *--restart=true* ]]; then
+      rm -rf "${!#}.old"
+      mv "${!#}" "${!#}.old" && mkdir "${!#}" && mv "${!#}.old/.stamps" "${!#}/"
+    fi
     mkdir -p "${!#}"
-    cat conf/train.yaml >"${!#}/config.yaml"'
+    cat conf/train.yaml >"${!#}/config.yaml"
+    [[ ! -e $T/kill_train ]] || { echo killed >&2; exit 9; }'
   program "$T/utils/steps/lm.sh" '
     echo "lm $*" >>"$T/calls"
     mkdir -p "${!#}"
@@ -176,6 +181,26 @@ calls() {
   [ "$status" -eq 0 ]
   [[ $output == *"stage 4 train: "*"again, because it did not finish"* ]]
   [ "$(calls)" = "train average decode score " ]
+}
+
+@test "another model still starts anew if its training could not start at first, and continues once it had" {
+  finished
+  sed -i 's/    dim: .*/    dim: 128/' conf/train.yaml
+  touch "$T/fail_train"
+  run ./run.sh --stop-stage train
+  [ "$status" -eq 3 ]
+  mv "$T/fail_train" "$T/kill_train"
+  run ./run.sh --stop-stage train
+  [ "$status" -eq 9 ]
+  [[ $output == *"stage 4 train: "*"again, because it did not finish"* ]]
+  [ "$(grep -c '^train .*--restart=true' "$T/calls")" -eq 2 ]
+  rm "$T/kill_train" "$T/calls"
+  run ./run.sh --stop-stage train
+  [ "$status" -eq 0 ]
+  [ "$(grep -c '^train .*--restart=false' "$T/calls")" -eq 1 ]
+  sed -i 's/  epochs: .*/  epochs: 51/' conf/train.yaml
+  run ./run.sh --stop-stage train
+  [ "$(grep -c '^train .*--restart=false' "$T/calls")" -eq 2 ]
 }
 
 @test "a result that was removed is made again" {
