@@ -13,6 +13,7 @@ from speechtx.config.penalty import PenaltyConfig
 from speechtx.config.schema import EncoderConfig
 from speechtx.model.convolution import ConvolutionModule
 from speechtx.model.dropout import Dropout, depth_rates, left_out
+from speechtx.model.inference import infer, may_infer
 from speechtx.model.intermediate import IntermediateCtc
 from speechtx.model.norm import make_norm
 from speechtx.model.position import input_position
@@ -98,6 +99,8 @@ class ConformerEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, *, bias: Bias, mask: Tensor) -> Tensor:
         """x (B, S, D), bias of the self-attention, mask (B, S) of data -> (B, S, D)"""
+        if may_infer(self):
+            return infer(self, x, bias=bias, mask=mask)
         x = x + 0.5 * self.dropout(self.ff_in(self.norm_ff_in(x, mask)))
         x = x + self.dropout(self.attn(self.norm_attn(x, mask), bias=bias))
         x = x + self.dropout(self.conv(self.norm_conv(x, mask), mask=mask))
