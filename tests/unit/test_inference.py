@@ -18,7 +18,14 @@ VARIANTS = [{}, {"position": "rotary"}, {"position": "relative"}, {"attention_we
 def random_encoder(**options: str) -> Encoder:
     torch.manual_seed(0)
     config = EncoderConfig(
-        type="conformer", layers=2, dim=16, heads=4, ff_dim=32, conv_kernel=5, subsampling=SubsamplingConfig(channels=4), **options
+        type="conformer",
+        layers=2,
+        dim=16,
+        heads=4,
+        ff_dim=32,
+        conv_kernel=5,
+        subsampling=SubsamplingConfig(channels=4),
+        **options,
     )
     made = Encoder(config=config, penalty=PenaltyConfig(shape="log"), num_mel_bins=20)
     with torch.no_grad():
