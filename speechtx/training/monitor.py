@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,11 +42,11 @@ class Monitor:
         self.stream = stream
         self.live = enabled and stream.isatty()
         self.log = open(exp / "train.log", "a", encoding="utf-8") if enabled else None  # noqa: SIM115  # closed in close()
-        self.board: Any = None
+        self.board: Any = None  # opened by the first step
         if enabled:
             from torch.utils.tensorboard import SummaryWriter  # half a second of imports that other ranks need not pay
 
-            self.board = SummaryWriter(str(exp / "tensorboard"))
+            self._open_board = partial(SummaryWriter, str(exp / "tensorboard"))
             self._listener = _Listener(self)
             LOGGER.addHandler(self._listener)
             LOGGER.setLevel(logging.INFO)
@@ -74,6 +75,8 @@ class Monitor:
         """One optimiser step: `index` of `count` in this epoch, over `amount` of what the rate counts."""
         if not self.enabled or self.log is None:
             return
+        if self.board is None:  # what a process that was killed wrote of this step and later ones is not to be shown twice
+            self.board = self._open_board(purge_step=step)
         self._done += amount
         elapsed = max(time.monotonic() - self._clock, 1e-9)
         rate = self._done / elapsed
