@@ -201,9 +201,9 @@ def work(spec: Spec, ask: Callable[[], str], answer: Callable[[dict[str, Any]], 
     while line := ask().strip():
         command, number = line.split()
         if command == "flops":
-            from torch.utils.flop_counter import FlopCounterMode
+            from speechtx.training.profiling import flop_counter
 
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 train_step(toolkit, batches[int(number)], spec)
             answer({"flops": counter.get_total_flops()})
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train as benchmark
 from benchmarks.train_teams import Worker
@@ -35,6 +36,15 @@ def test_the_an4_shape_is_espnets() -> None:
 
 def count(spec: Spec) -> int:
     return sum(p.numel() for p in build_speechtx(spec).model.parameters())
+
+
+def test_a_worker_counts_attention_on_a_cpu_too() -> None:
+    spec = Spec("speechtx", benchmark.TINY, [([40, 35], [3, 2])], 1)
+    answers: list[dict] = []
+    questions = iter(["flops 0\n", ""])
+    with FlopCounterMode(display=False) as without:
+        work(spec, lambda: next(questions), answers.append)
+    assert answers[1]["flops"] > without.get_total_flops() > 0
 
 
 def test_a_worker_counts_the_operations_of_a_step_and_times_its_parts() -> None:
