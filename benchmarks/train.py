@@ -34,6 +34,7 @@ from speechtx.model.subsampling import make_subsampling
 
 SHAPES = {"AN4": Shape(), "small": Shape(dim=144, ff_dim=576, encoder_layers=6, decoder_layers=3, channels=144)}
 CONFORMER = Shape(dim=512, heads=8, type="conformer", channels=512)
+RECIPE = Shape(dim=144, ff_dim=576, encoder_layers=6, decoder_layers=1, vocab=100, type="conformer", channels=32)  # egs/an4's
 TINY = Shape(dim=16, ff_dim=32, encoder_layers=1, decoder_layers=1, channels=16)
 # Frames of AN4's 848 training utterances at every tenth of their order, and characters of text in a frame.
 AN4_FRAMES = (68, 108, 168, 198, 228, 248, 288, 318, 368, 428, 628)
@@ -195,6 +196,22 @@ def measure_steps(report: Report, plan: Plan) -> None:
             )
 
 
+def measure_recipe(report: Report, plan: Plan) -> None:
+    """Steps of the Conformer that egs/an4 trains, of as many utterances as its batches hold."""
+    shape, size, count = (replace(TINY, type="conformer"), 2, 1) if plan.shapes else (RECIPE, 7, 8)
+    batches = an4_batches(size, count, plan.data)
+    rows, note = [], ""
+    for threads in plan.threads:
+        kind = "processor" if threads == 1 else "wall"
+        found, peak = measure_in_turns({"speechtx": [Spec("speechtx", shape, batches, threads)]}, plan, kind)
+        entry = found["speechtx"]
+        row = describe(f"{threads} thread{'s' * (threads > 1)}", entry, None, entry.flops, peak, kind)
+        rows.append([cell for column, cell in zip(COLUMNS, row, strict=True) if column != "over ESPnet2"])
+        note = f"{_about(entry, len(batches), plan.rounds)} Matrix product: {peak / 1e9:.0f} GFLOP/s."
+    columns = [column for column in COLUMNS if column != "over ESPnet2"]
+    report.add(f"Training step of egs/an4's Conformer, batches of {size}, float32", columns, rows, note)
+
+
 def _about(found: Measured, batches: int, rounds: int) -> str:
     mean = sum(found.flops) / len(found.flops) / 1e9
     return f"A step has {mean:.1f} GFLOP on average ({batches} batches, {rounds} rounds)."
@@ -289,7 +306,13 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-MEASURE = {"steps": measure_steps, "front_ends": measure_front_ends, "processes": measure_processes, "gpu": measure_gpu}
+MEASURE = {
+    "steps": measure_steps,
+    "recipe": measure_recipe,
+    "front_ends": measure_front_ends,
+    "processes": measure_processes,
+    "gpu": measure_gpu,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

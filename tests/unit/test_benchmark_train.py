@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,6 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import train as benchmark
 from benchmarks.train_teams import Worker
 from benchmarks.train_worker import Spec, build_speechtx, make_batch, work
+from speechtx.config.load import load_config
+from speechtx.config.schema import TrainConfig
+from speechtx.model.recognizer import Recognizer
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +25,10 @@ def same_threads():
 
 
 def test_a_quick_run_writes_the_page_from_processes_of_their_own(tmp_path) -> None:
-    benchmark.main(["--quick", "--parts", "steps", "front_ends", "gpu", "--out", str(tmp_path)])
+    benchmark.main(["--quick", "--parts", "steps", "recipe", "front_ends", "gpu", "--out", str(tmp_path)])
     text = (tmp_path / "train.md").read_text(encoding="utf-8")
     assert text.startswith("# How fast training is\n\n`python -m benchmarks.train --quick")
-    assert text.count("\n## ") == 3
+    assert text.count("\n## ") == 4
     assert "| speechtx, conv1d | 12,0" in text and "nan" not in text
     assert ("not measured" in text.split("On a GPU")[1]) is not torch.cuda.is_available()
 
@@ -32,6 +37,13 @@ def test_the_an4_shape_is_espnets() -> None:
     with torch.device("meta"):
         sizes = {name: count(Spec("speechtx", shape, [], device="meta")) for name, shape in benchmark.SHAPES.items()}
     assert sizes == {"AN4": 27_115_580, "small": 3_103_692}
+
+
+def test_the_recipes_conformer_is_the_one_that_egs_an4_trains(repo: Path) -> None:
+    trained = load_config(repo / "egs/an4/asr1/conf/train.yaml", TrainConfig).model
+    with torch.device("meta"):
+        model = Recognizer(config=trained, num_mel_bins=80, vocab_size=benchmark.RECIPE.vocab)
+    assert count(Spec("speechtx", benchmark.RECIPE, [], device="meta")) == sum(p.numel() for p in model.parameters())
 
 
 def count(spec: Spec) -> int:
