@@ -1,9 +1,9 @@
 """Checkpoints: complete, written whole or not at all, the previous one kept, and loaded without executing anything.
 
 A checkpoint holds weights, their moving average if there is one, optimiser, gradient scaler, the position in the data (epoch,
-step in the epoch), the sums of the running epoch, the history of finished epochs and the hashes of the model's configuration and
-of the training set. Random numbers need no state: every draw in training is a function of (seed, step, position in the step) or
-(seed, epoch, utterance).
+step in the epoch), the sums of the running epoch, the history of finished epochs and the hashes of the model's configuration, of
+the training set and of the dev set. Random numbers need no state: every draw in training is a function of (seed, step, position
+in the step) or (seed, epoch, utterance).
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ class Trainer:
         """Trains until the configured number of epochs is done, from the newest checkpoint if there is one.
 
         Raises:
-            TrainingError: too many non-finite steps, a full disk, a checkpoint that is unreadable or was made with another model
-                or training set.
+            TrainingError: too many non-finite steps, a full disk, a checkpoint that is unreadable or was made with another model,
+                training set or dev set.
         """
         (self.exp / "checkpoints").mkdir(exist_ok=True)
         if self.world.is_main:
@@ -304,16 +304,13 @@ class Trainer:
             "sums": self.sums,
             "history": self.history,
             "group_size": self.train_config.accum_steps * self.world.batches_at_once,
-            "corpus_hash": self.corpus_hash,
+            **self.hashes,
         }
 
     @functools.cached_property
-    def corpus_hash(self) -> str:
-        """Of what decides the batches and their targets: ids, lengths and tokens of the training set."""
-        rows = [
-            (u.id, u.num_frames, list(ids)) for u, ids in zip(self.train_corpus.utterances, self.train_corpus.tokens, strict=True)
-        ]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    def hashes(self) -> dict[str, str]:
+        """Of the training set and the dev set, under their names in a checkpoint."""
+        return {"corpus_hash": hash_of(self.train_corpus), "dev_hash": hash_of(self.dev_corpus)}
 
     def save(self) -> None:
         for outcome in self.outcomes.flush():
@@ -328,11 +325,12 @@ class Trainer:
             return
         if state["config_hash"] != config_hash(self.config.model):
             raise TrainingError(f"{self.exp}/checkpoints: made by a model of another configuration; choose another --exp")
-        if state.get("corpus_hash", self.corpus_hash) != self.corpus_hash:
-            raise TrainingError(
-                f"{self.exp}/checkpoints: the training set is not the one this experiment began with (utterances, lengths or "
-                "tokens differ); choose another --exp, or train from nothing (utils/steps/train.sh --restart)"
-            )
+        for name, which in (("corpus_hash", "training"), ("dev_hash", "dev")):  # older checkpoints lack one or both
+            if state.get(name, self.hashes[name]) != self.hashes[name]:
+                raise TrainingError(
+                    f"{self.exp}/checkpoints: the {which} set is not the one this experiment began with (utterances, lengths or "
+                    "tokens differ); choose another --exp, or train from nothing (utils/steps/train.sh --restart)"
+                )
         group_size = self.train_config.accum_steps * self.world.batches_at_once
         if state["index"] and state["group_size"] != group_size:
             raise TrainingError(
@@ -364,6 +362,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def hash_of(corpus: Corpus) -> str:
+    """Of what decides the batches and their targets: ids, lengths and tokens."""
+    rows = [(u.id, u.num_frames, list(ids)) for u, ids in zip(corpus.utterances, corpus.tokens, strict=True)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def seed_step(seed: int, step: int, position: int) -> None:

@@ -65,6 +65,20 @@ def test_a_dev_set_of_which_nothing_is_left(data: TrainingData, tmp_path: Path) 
     assert "encoder frames, but CTC needs" in (tmp_path / "exp" / "left_out_dev.txt").read_text()
 
 
+def test_another_dev_set_than_that_of_the_epochs_before(data: TrainingData, tmp_path: Path) -> None:
+    exp = tmp_path / "exp"
+    train(tiny_config("training.epochs=1"), data, exp)
+    table = data.dev / "text"
+    table.write_text(table.read_text().replace("\n", " A\n", 1))
+    with pytest.raises(TrainingError, match="the dev set is not the one this experiment began with"):
+        train(tiny_config("training.epochs=2"), data, exp)
+    path = exp / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    del state["dev_hash"]  # as an older version left it
+    torch.save(state, path)
+    train(tiny_config("training.epochs=2"), data, exp)
+
+
 def test_a_checkpoint_of_another_shape(data: TrainingData, tmp_path: Path) -> None:
     exp = tmp_path / "exp"
     train(tiny_config("training.epochs=1"), data, exp)
