@@ -77,11 +77,15 @@ start_recipe() {
   decode_nj=$((ngpu > 0 ? 1 : nj))
   decodings=("${decode_config[@]}")
   ((${#decodings[@]})) || decodings=(conf/decode*.yaml)
-  lm_options=()
-  ! grep -qs '^transformer:' "$lm_config" || lm_options+=(--lm "$lm/transformer")
+  lm_options=() lm_sections=''
+  if [[ -f $lm_config ]] && ! lm_sections=$(speechtx lm sections --config "$lm_config" 2>&1); then
+    ((first_stage == 0)) || { printf '%s\n' "$lm_sections" >&2 && exit 1; }
+    lm_sections='' # stage 0 tells what is wrong with this configuration, and with the others
+  fi
+  ! has_section transformer || lm_options+=(--lm "$lm/transformer")
   ngram_name=ngram
-  ! grep -qs '^lexicon:' "$lm_config" || ngram_name=lexicon # whole words take its place where they are asked for
-  ! grep -qs "^$ngram_name:" "$lm_config" || lm_options+=(--ngram "$lm/$ngram_name")
+  ! has_section lexicon || ngram_name=lexicon # whole words take its place where they are asked for
+  ! has_section "$ngram_name" || lm_options+=(--ngram "$lm/$ngram_name")
   overrides=()
   for override in "${set[@]}"; do overrides+=(--set "$override"); done
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --exp "$exp"
@@ -98,6 +102,9 @@ start_recipe() {
   export SPEECHTX_RECIPE_COMMAND
   trap 'stage_failed $?' EXIT
 }
+
+# Whether $lm_config asks for that language model.
+has_section() { [[ $'\n'$lm_sections$'\n' == *$'\n'$1$'\n'* ]]; }
 
 # Prints the directory of one set's hypotheses with the decoding configuration at hand.
 decode_dir() { echo "$exp/decode_$1_$(basename "$decoding" .yaml)"; }
@@ -192,7 +199,7 @@ begin_stage() {
   name=${stage_names[number]}
   if [[ $1 == *:* ]]; then
     name=${1#*:}
-    if [[ $name == tune ]]; then [[ -f $(tune_grid) ]]; else grep -qs "^$name:" "$lm_config"; fi || return 1
+    if [[ $name == tune ]]; then [[ -f $(tune_grid) ]]; else has_section "$name"; fi || return 1
   fi
   shift 2
   ((first_stage <= number && number <= last_stage)) || return 1

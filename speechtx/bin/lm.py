@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="tokenizer of stage 3")
         sub.add_argument("out", type=Path, metavar="OUT", help="the model's directory")
     train.add_argument("--ngpu", type=int, default=0, metavar="N", help="0: CPU; 1: one GPU (default: 0)")
+    sections = command("sections", "print the models that a configuration asks for, one a line (recipes' plumbing)", _sections)
+    sections.add_argument("--config", type=Path, required=True, metavar="FILE", help="conf/lm.yaml")
     texts = command("texts", "print the texts that a section takes, one a line (recipes' plumbing)", _texts)
     texts.add_argument("--config", type=Path, required=True, metavar="FILE", help="conf/lm.yaml")
     texts.add_argument("--train", type=Path, action="append", default=[], metavar="DIR", help="printed if the section names none")
@@ -111,6 +113,13 @@ def _train(args: argparse.Namespace) -> int:
 
     config = _section(args, "transformer", "layers: 2")
     train_language_model(config, train=args.train, dev=args.dev, tokenizer=args.tokenizer, out=args.out, ngpu=args.ngpu)
+    return 0
+
+
+def _sections(args: argparse.Namespace) -> int:
+    for name, section in _config(args.config):
+        if section is not None:
+            print(name)
     return 0
 
 

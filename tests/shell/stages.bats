@@ -28,7 +28,7 @@ make_recipe() {
   mkdir -p "$T/.venv/bin" "$T/utils/steps" "$T/egs/x"
   cp -R "$root/egs/TEMPLATE/asr1" "$T/egs/x/asr1"
   ln -s "$root/utils/stages.sh" "$root/utils/parse_options.sh" "$root/utils/parallel" "$T/utils/"
-  program "$T/.venv/bin/speechtx" "[[ \$1 != stamp && \"\$1 \${2:-}\" != 'lm texts' ]] || exec '$real' \"\$@\""
+  program "$T/.venv/bin/speechtx" "[[ \$1 != stamp && \$1 != lm ]] || exec '$real' \"\$@\""
   program "$T/utils/steps/check.sh" 'echo "check $*" >>"$T/calls"'
   program "$T/egs/x/asr1/local/data.sh" '
     echo data >>"$T/calls"
@@ -318,6 +318,28 @@ calls() {
   echo 'BYE' >>more.txt
   run ./run.sh
   [[ $output == *'stage 3 ngram: '*'changed: more.txt'*'stage 4 transformer: up to date'* ]]
+}
+
+@test "a section without a value, or in another style of YAML, is what the schema makes of it" {
+  finished
+  printf '"ngram": {order: 3}\ntransformer: null\nlexicon: # none yet\n' >conf/lm.yaml
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [[ $output == *'stage 3 ngram: '* ]]
+  [[ $output != *transformer* && $output != *lexicon* ]]
+  [ "$(calls)" = "lm " ]
+}
+
+@test "a wrong language model configuration is an error from whichever stage on, and stage 0 tells it" {
+  finished
+  echo 'ngrams: {order: 3}' >conf/lm.yaml
+  run ./run.sh --stage train
+  [ "$status" -eq 1 ]
+  [[ $output == *"conf/lm.yaml:1: ngrams: unknown key; did you mean 'ngram'?"* ]]
+  run ./run.sh --stop-stage check
+  [ "$status" -eq 0 ] # of the check that this test has in its place
+  grep -q -- '--lm-config conf/lm.yaml' "$T/calls"
+  [[ $output != *"unknown key"* ]]
 }
 
 @test "a language model configuration that is named must exist" {

@@ -314,3 +314,12 @@ def test_the_texts_of_a_section_are_listed_for_the_recipe(
     for section, listed in (("ngram", f"{data['train']}/text\nmore.txt\n"), ("transformer", "")):
         assert front.main(["lm", "texts", "--config", str(tmp_path / "lm.yaml"), section]) == 0
         assert capsys.readouterr().out == listed
+
+
+def test_a_section_that_is_null_is_not_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lm.yaml").write_text('"ngram": {order: 3}\nlexicon:\ntransformer: {layers: 1}\n')
+    assert front.main(["lm", "sections", "--config", str(tmp_path / "lm.yaml")]) == 0
+    assert capsys.readouterr().out == "ngram\ntransformer\n"
+    (tmp_path / "lm.yaml").write_text("transformer: null\n")
+    assert front.main(["lm", "sections", "--config", str(tmp_path / "lm.yaml")]) == 0
+    assert capsys.readouterr().out == ""
