@@ -98,7 +98,9 @@ def fits(trainer: Trainer, batch: Batch) -> bool:
 
 
 def _too_large(trainer: Trainer, indices: list[int], batch: Batch) -> TrainingError:
-    """Finds by bisection how many utterances of a batch fit."""
+    """Finds by bisection how many utterances of a batch fit, its longest ones, since others may be as long in another batch."""
+    utterances = trainer.train_corpus.utterances
+    indices = sorted(indices, key=lambda i: utterances[i].num_frames, reverse=True)
     most, too_many = 0, len(indices)
     while too_many - most > 1:
         middle = (most + too_many) // 2
@@ -107,14 +109,16 @@ def _too_large(trainer: Trainer, indices: list[int], batch: Batch) -> TrainingEr
         else:
             too_many = middle
     device = trainer.world.device
-    frames = max(trainer.train_corpus.utterances[i].num_frames for i in indices)  # what batches are made by, whatever the tempo
+    longest = utterances[indices[0]]
     begin = f"not enough memory on {device} ({total_memory(device):.1f} GiB): a batch of {shape_of(batch)} does not fit"
     if most == 0:
         return TrainingError(
-            f"{begin}, nor does its first utterance alone ({batch.ids[0]}, {int(batch.feat_lens[0])} frames): lower "
+            f"{begin}, nor does its longest utterance alone ({longest.id}, {longest.num_frames} frames): lower "
             "training.max_frames, set training.gradient_checkpointing: true, or look at what else uses the memory"
         )
+    shares = trainer.world.size // trainer.world.batches_at_once  # this batch may be one process's share of a larger one
+    frames = (shares * (most - 1) + 1) * longest.num_frames  # no share then has more than `most`; batches are made by num_frames
     return TrainingError(
-        f"{begin}, but {most} of them do: set training.frames_per_batch to {most * frames} or less, now "
+        f"{begin}, but {most} of them do: set training.frames_per_batch to {frames} or less, now "
         f"{trainer.train_config.frames_per_batch}. Otherwise {ADVICE}"
     )

@@ -10,7 +10,7 @@ from toy_corpus import make_training_data, tiny_config
 
 from speechtx.config.errors import TrainingError
 from speechtx.data.manifest import load_manifest
-from speechtx.training import memory, worst_batch
+from speechtx.training import distributed, memory, worst_batch
 from speechtx.training.checkpoint import load_checkpoint
 from speechtx.training.distributed import World
 from speechtx.training.prepare import TrainingData
@@ -104,9 +104,27 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_number_that_does(
     train(tiny_config(*config, f"training.frames_per_batch={fitting}"), data, tmp_path / "e2")
 
 
+def test_processes_that_share_batches_are_advised_the_frames_of_all_of_them(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(rank=0, size=2, device=torch.device("cpu"), share_batches=True)
+    monkeypatch.setattr(distributed, "start", lambda ngpu, share_batches: world)
+    for name in ("sum", "share", "sum_gradients", "barrier"):  # the other process is not there
+        monkeypatch.setattr(World, name, lambda self, values=None: values)
+    limit_memory(monkeypatch, padded_frames=300)
+    config = ("training.epochs=1", "training.max_frames=150")
+    with pytest.raises(TrainingError, match=r"but 3 of them do: set training\.frames_per_batch to") as failed:
+        train(tiny_config(*config, "training.frames_per_batch=1600"), data, tmp_path / "exp")
+    fitting = int(str(failed.value).split("frames_per_batch to ")[1].split()[0])
+    assert 300 < fitting <= 600
+    train(tiny_config(*config, f"training.frames_per_batch={fitting}"), data, tmp_path / "e2")
+
+
 def test_one_utterance_that_does_not_fit_is_named(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit_memory(monkeypatch, padded_frames=10)
-    with pytest.raises(TrainingError, match=r"nor does its first utterance alone \(s\d-\d+, \d+ frames\).*training\.max_frames"):
+    with pytest.raises(
+        TrainingError, match=r"nor does its longest utterance alone \(s\d-\d+, \d+ frames\).*training\.max_frames"
+    ):
         train(tiny_config(), data, tmp_path / "exp")
 
 
