@@ -147,7 +147,9 @@ list_inputs() {
       for name in "${corpus_sets[@]}"; do
         for file in wav.scp segments utt2spk utt2speed; do stage_inputs+=(--in "data/$name/$file"); done
       done
-      for name in "${all_sets[@]}"; do stage_inputs+=(--out "data/$name/feats.scp" --out "data/$name/global_cmvn.ark"); done
+      for name in "${all_sets[@]}"; do # of which runs with and without --speeds share all but the training set
+        stage_inputs+=(--out "data/$name/feats.scp" --out "data/$name/global_cmvn.ark" --result "data/$name/fbank.yaml")
+      done
       ;;
     bpe)
       stage_inputs+=(--in "data/$train_set/text" --config "$train_config:tokenizer" "${overrides[@]}" --out "$tokenizer/tokens.txt")

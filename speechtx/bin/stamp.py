@@ -1,8 +1,9 @@
 """Tells whether a stage's inputs changed since it finished (utils/stages.sh calls it; recipes need not).
 
 `begin` compares the inputs with those of the stamp file and prints one line: `skip DATE`, `first`, `interrupted`,
-`extended WHAT` (only --soft keys changed), `changed WHAT` or `missing OUTPUT`. Unless it prints `skip`, it also records
-that the stage is running, so that a stage which fails or is killed runs again. `end` records that it finished.
+`extended WHAT` (only --soft keys changed), `changed WHAT` (also if WHAT is a --result that something else wrote over) or
+`missing OUTPUT`. Unless it prints `skip`, it also records that the stage is running, so that a stage which fails or is killed
+runs again. `end` records that it finished.
 
 A file counts by its content (above 16 MiB by size and time), a folder by its files. Of YAML files only the named keys count,
 comments and order do not. A missing file is an input too: it may appear later.
@@ -35,6 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, action="append", default=[], metavar="PATH", help="what must exist if it finished")
     parser.add_argument(
+        "--result",
+        dest="results",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a file it writes that must still be as the stage left it, because others write it too",
+    )
+    parser.add_argument(
         "--after", type=Path, action="append", default=[], metavar="STAMP", help="stage that must not have run since"
     )
     parser.add_argument(
@@ -55,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
         stamp = read_stamp(args.stamp)
         if stamp is None:
             raise ConfigError(f"{args.stamp}: no such stamp; `begin` writes it")
-        write_stamp(args.stamp, stamp["inputs"], finished=datetime.now().isoformat(sep=" ", timespec="milliseconds"))
+        left = {name: path_digest(Path(name)) for name in stamp.get("results", {})}
+        now = datetime.now().isoformat(sep=" ", timespec="milliseconds")
+        write_stamp(args.stamp, stamp["inputs"], results=left, finished=now)
         return 0
     inputs = fingerprint(args)
     answer = compare(read_stamp(args.stamp), inputs, soft=args.soft, outputs=args.out)
@@ -63,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         answer = "changed --force"
     if not answer.startswith("skip"):
         args.stamp.parent.mkdir(parents=True, exist_ok=True)
-        write_stamp(args.stamp, inputs, finished="")
+        write_stamp(args.stamp, inputs, results=dict.fromkeys(map(str, args.results), ""), finished="")
     print(answer)
     return 0
 
@@ -82,7 +94,10 @@ def compare(stamp: dict | None, inputs: dict[str, str], *, soft: Sequence[str] =
     if not stamp["finished"]:
         return "interrupted"
     gone = [path for path in outputs if not path.exists()]
-    return f"missing {gone[0]}" if gone else f"skip {stamp['finished']}"
+    if gone:
+        return f"missing {gone[0]}"
+    overwritten = [name for name, left in stamp.get("results", {}).items() if path_digest(Path(name)) != left]
+    return f"changed {', '.join(overwritten)}" if overwritten else f"skip {stamp['finished']}"
 
 
 def fingerprint(args: argparse.Namespace) -> dict[str, str]:
@@ -178,6 +193,7 @@ def read_stamp(path: Path) -> dict | None:
         return None
 
 
-def write_stamp(path: Path, inputs: dict[str, str], *, finished: str) -> None:
-    """Records inputs; `finished` is the date, empty while the stage runs."""
-    write_text(path, json.dumps({"finished": finished, "inputs": inputs}, indent=1, ensure_ascii=False) + "\n")
+def write_stamp(path: Path, inputs: dict[str, str], *, results: dict[str, str], finished: str) -> None:
+    """Records inputs and digests of --result files; `finished` is the date, empty while the stage runs."""
+    stamp = {"finished": finished, "inputs": inputs} | ({"results": results} if results else {})
+    write_text(path, json.dumps(stamp, indent=1, ensure_ascii=False) + "\n")

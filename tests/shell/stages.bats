@@ -464,6 +464,27 @@ calls() {
   [ "$(calls)" = "decode score " ]
 }
 
+@test "features that a run at other speeds computed otherwise are computed again, equal ones are not" {
+  finished
+  mv "$T/.venv/bin/speechtx" "$T/.venv/bin/speechtx.stub"
+  program "$T/.venv/bin/speechtx" '
+    [[ "$1 ${2:-}" == "data perturb-speed" ]] || exec speechtx.stub "$@"
+    rm -rf "$6" && cp -R "$5" "$6" && echo "utt $4" >"$6/utt2speed"'
+  ./run.sh --speeds 0.9,1.1 --stop-stage fbank >/dev/null
+  [ "$(calls)" = "fbank " ]
+  run ./run.sh --stop-stage fbank
+  [ "$(calls)" = "" ]
+  sed 's/^num_mel_bins: .*/num_mel_bins: 40/' conf/fbank.yaml >conf/narrow.yaml
+  mv conf/fbank.yaml conf/wide.yaml
+  cp conf/narrow.yaml conf/fbank.yaml
+  ./run.sh --speeds 0.9,1.1 --stop-stage fbank >/dev/null
+  cp conf/wide.yaml conf/fbank.yaml
+  rm "$T/calls"
+  run ./run.sh --stop-stage fbank
+  [[ $output == *"stage 2 fbank: "*"changed: data/dev/fbank.yaml, data/test/fbank.yaml"* ]]
+  [ "$(calls)" = "fbank " ]
+}
+
 @test "features at some speeds are not taken for those at others" {
   finished
   mv "$T/.venv/bin/speechtx" "$T/.venv/bin/speechtx.stub"

@@ -87,6 +87,30 @@ def test_an_input_that_is_new_to_the_stage_is_a_change(folder: Path, capsys: pyt
     assert begin(capsys, "--in", "text") == "changed --seed"
 
 
+def test_a_result_that_another_stage_wrote_over_is_made_again_and_one_written_alike_is_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--in", "text", "--result", "made", "--result", "other")
+    assert begin(capsys, *arguments) == "first"
+    Path("made").write_text("80 bins")
+    Path("other").write_text("80 bins")
+    end()
+    Path("made").write_text("80 bins")
+    assert begin(capsys, *arguments).startswith("skip")
+    Path("made").write_text("40 bins")
+    assert begin(capsys, *arguments) == "changed made"
+    end()
+    assert begin(capsys, *arguments).startswith("skip"), "as the stage left it this time"
+    Path("made").unlink()
+    assert begin(capsys, *arguments) == "changed made"
+
+
+def test_a_stamp_from_before_results_were_recorded_still_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(capsys, "--in", "text")
+    end()
+    assert begin(capsys, "--in", "text", "--result", "made").startswith("skip")
+
+
 def test_large_files_count_by_size_and_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stamp_verb, "HASHED_BYTES", 4)
     before = path_digest(Path("text"))
