@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 def may_infer(layer: ConformerEncoderLayer) -> bool:
     """Whether `infer` stands for the layer now."""
+    if torch.compiler.is_compiling():  # which cannot ask for the mode without cutting the layer in two
+        return False
     return torch.is_inference_mode_enabled() and not layer.training and isinstance(layer.norm_final, FrameNorm)
 
 

@@ -75,3 +75,11 @@ def test_inference_under_autocast_stays_near_float32() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rounded, _ = encoder(feats, torch.tensor([60]))
     assert (rounded.float() - precise).abs().max() < 0.1
+
+
+def test_a_compiled_layer_stays_in_one_piece() -> None:
+    encoder, x = random_encoder(), torch.randn(1, 9, 16)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    arguments = {"bias": encoder.biases(x, mask)[0], "mask": mask}
+    compiled = torch.compile(encoder.layers[0].forward, backend="eager", fullgraph=True)  # an error where it is cut
+    torch.testing.assert_close(compiled(x, **arguments), encoder.layers[0](x, **arguments))
