@@ -16,6 +16,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,7 +91,7 @@ def _draw(
     for row in utterances:
         feats = torch.from_numpy(reader(row))
         title = f"{row.id}: {row.text}" if row.text else row.id
-        out = args.out / f"{row.id.replace('/', '_')}.png"
+        out = args.out / f"{file_name(row.id)}.png"
         plot_maps(encoder_maps(model.encoder, feats, layers), title=title, frame_seconds=_frame_seconds(exp), out=out)
         print(out)
         if args.cross:
@@ -100,6 +101,14 @@ def _draw(
             plot_cross_maps(maps, rows, title=title, frame_seconds=_frame_seconds(exp), out=out.with_suffix(".cross.png"))
             print(out.with_suffix(".cross.png"))
     return 0
+
+
+def file_name(utterance: str) -> str:
+    """An utterance's id as the beginning of its pictures' names, different for different ids: `a/b` is written a%2Fb.
+
+    So is an id's own `.cross` at its end, which would make its picture that of another utterance's decoder.
+    """
+    return re.sub(r"[%/]|\.(?=cross\Z)", lambda sign: f"%{ord(sign[0]):02X}", utterance)
 
 
 def _measure(

@@ -8,11 +8,14 @@ from typing import IO
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from toy_corpus import make_training_data, tiny_config
 
 from speechtx.attention.penalty import alibi_slopes
+from speechtx.bin.attention import file_name
 from speechtx.bin.main import main
 from speechtx.config.errors import ExperimentError
 from speechtx.config.load import dump_config
@@ -383,3 +386,12 @@ def test_a_wrong_command_line_says_what_to_give(
     path, data = experiment
     assert main(["attention", str(path), "--data", str(data), *words]) == 1
     assert message in capsys.readouterr().err
+
+
+@given(st.sets(st.text(alphabet="a/_%.2Fcros", min_size=1, max_size=9), min_size=2, max_size=6))
+@example({"a/b", "a_b", "a%2Fb"})
+@example({"a", "a.cross", "a%2Ecross"})
+def test_no_two_utterances_share_a_picture(utterances: set[str]) -> None:
+    names = [f"{file_name(utterance)}{end}" for utterance in utterances for end in (".png", ".cross.png")]
+    assert len(set(names)) == len(names) and not any("/" in name for name in names)
+    assert file_name("menk-an153-b") == "menk-an153-b"
