@@ -271,3 +271,14 @@ def test_a_word_that_yaml_takes_for_true_is_explained() -> None:
     with pytest.raises(ConfigError, match=r"hot_words\.0: YAML reads an unquoted yes, no, on or off as True; write it in quotes"):
         parse_config("hot_words: [YES, HELLO]", DecodeConfig)
     assert parse_config('hot_words: ["YES", HELLO]', DecodeConfig).hot_words == ("YES", "HELLO")
+
+
+def test_every_tuning_configuration_can_still_be_trained_and_says_what_came_out(repo: Path) -> None:
+    folder = repo / "egs/an4/asr1/conf/tuning"
+    for path in folder.glob("train*.yaml"):
+        load_config(path, TrainConfig)
+        header = path.read_text().split("tokenizer:")[0]
+        assert "dev" in header and f"--train-config conf/tuning/{path.name}" in header, path
+    for path in folder.glob("fbank*.yaml"):
+        load_config(path, FbankConfig)
+    assert len(list(folder.glob("*.yaml"))) >= 6

@@ -197,7 +197,7 @@ def test_every_key_of_the_recipes_configurations_is_seen(repo: Path) -> None:
             return {leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))}
         return {prefix}
 
-    files = sorted(repo.glob("egs/*/asr1/conf/*.yaml"))
+    files = sorted(repo.glob("egs/*/asr1/conf/**/*.yaml"))
     assert len(files) >= 12
     for path in files:
         assert set(config_values(path, "")) == leaves(yaml.safe_load(path.read_text())), path
