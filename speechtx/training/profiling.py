@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from speechtx.attention.multihead import SelfAttention
 from speechtx.config.atomic import write_text
@@ -146,7 +146,11 @@ def parts_of(model: Recognizer) -> dict[str, list[nn.Module]]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts matrix products and convolutions, of attention too: PyTorch alone leaves out its fused CPU kernel, and ours."""
+    """Counts matrix products and convolutions.
+
+    PyTorch alone leaves out attention by its fused CPU kernel and by ours, and takes grouped convolutions for full ones where it
+    counts the gradient of their weights.
+    """
     aten, ours = torch.ops.aten, torch.ops.speechtx
     forward, backward = 2, 5  # matrix products; backward computes the weights again and makes four gradients
 
@@ -156,6 +160,8 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(
         display=False,
         custom_mapping={
+            # Each gradient takes as many multiplications as the convolution itself.
+            aten.convolution_backward: lambda grad, x, w, *rest, **__: sum(rest[7][:2]) * conv_flop_count(x, w, grad),
             aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: of(forward, q, k[2]),
             aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, *_, **__: of(backward, q, k[2]),
             ours.block_attention: lambda q, k, v, band, *_, **__: of(forward, q, min(band[1], k[2])),

@@ -59,5 +59,13 @@ def test_the_products_of_attention_are_counted_on_a_cpu_too(bias: str) -> None:
     assert counter.get_total_flops() == (2 + 5) * product
 
 
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_gradient_of_a_convolution_counts_as_much_as_the_convolution_with_groups_too(groups: int) -> None:
+    convolution = torch.nn.Conv1d(8, 8, 5, padding=2, groups=groups)
+    with profiling.flop_counter() as counter:
+        convolution(torch.randn(3, 8, 40, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 3 * (2 * 3 * 40 * 8 * 8 * 5 // groups)
+
+
 def test_padding_is_the_share_of_frames_behind_the_ends_of_utterances() -> None:
     assert profiling.padding_share([10, 5, 4, 4], [[0, 1], [2, 3]]) == pytest.approx(5 / 28)
