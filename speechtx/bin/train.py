@@ -60,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         processes = args.ngpu or args.procs or processes_that_pay(args.train, config.training)
         if processes > 1:
-            chosen = ["--procs", str(processes)] if args.procs == 0 and not args.ngpu else []
-            command = [sys.executable, "-m", "speechtx.bin.main", *sys.argv[1:], *chosen]
+            command = [sys.executable, "-m", "speechtx.bin.main", *sys.argv[1:]]
             launch(command, processes=processes, log_dir=args.exp / "log")
             return 0
     data = TrainingData(train=args.train, dev=args.dev, tokenizer=args.tokenizer)
-    train(config, data, args.exp, ngpu=args.ngpu, share_batches=args.procs > 1, profile=args.profile)
+    train(config, data, args.exp, ngpu=args.ngpu, share_batches=args.procs != 1 and not args.ngpu, profile=args.profile)
     return 0
