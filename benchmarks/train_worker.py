@@ -79,7 +79,6 @@ def build_speechtx(spec: Spec) -> Toolkit:
     from speechtx.config.schema import DecoderConfig, EncoderConfig, ModelConfig, OptimizerConfig, SubsamplingConfig
     from speechtx.model.recognizer import Recognizer
     from speechtx.training.distributed import World
-    from speechtx.training.heap import keep_freed_memory
     from speechtx.training.optim import build_optimizer
 
     shape = spec.shape
@@ -92,7 +91,6 @@ def build_speechtx(spec: Spec) -> Toolkit:
     device = torch.device(spec.device)
     model = Recognizer(config=config, num_mel_bins=MEL_BINS, vocab_size=shape.vocab).to(device).train()
     if device.type == "cpu":
-        keep_freed_memory()  # as the trainer does
         torch.set_flush_denormal(True)
     world = World(rank=spec.rank, size=spec.size, device=device)
     parameters = list(model.parameters())

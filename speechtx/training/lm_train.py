@@ -23,7 +23,6 @@ from speechtx.model.losses import IGNORE, decoder_targets
 from speechtx.text.tokenizer import Tokenizer
 from speechtx.training import distributed, prepare
 from speechtx.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from speechtx.training.heap import keep_freed_memory
 from speechtx.training.lm_text import LmText, read_text
 from speechtx.training.monitor import Monitor
 from speechtx.training.optim import build_optimizer, learning_rate
@@ -107,7 +106,6 @@ class LmTrainer:
         self.sums = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, targets, right ones
         self.history: list[dict[str, Any]] = []
         if device.type == "cpu":
-            keep_freed_memory()
             torch.set_flush_denormal(True)  # Adam's moments otherwise run into slow denormal arithmetic
 
     def run(self) -> None:

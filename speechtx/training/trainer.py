@@ -33,7 +33,6 @@ from speechtx.training.averaging import choose_epochs, epoch_path
 from speechtx.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from speechtx.training.distributed import World
 from speechtx.training.ema import Ema
-from speechtx.training.heap import keep_freed_memory
 from speechtx.training.layers import set_up_layers
 from speechtx.training.memory import naming_the_batch
 from speechtx.training.monitor import Monitor
@@ -83,7 +82,6 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.phase: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext  # a profiler puts its clock here
         if world.device.type == "cpu":
-            keep_freed_memory()
             torch.set_flush_denormal(True)  # softmax tails and Adam's moments otherwise run into slow denormal arithmetic
 
     # ------------------------------------------------------------------------------------------------ the run
