@@ -351,10 +351,8 @@ def _writable(path: Path) -> bool:
 
 def check_disk(data: Path, *, audio_gib: float, parameters: int, epochs_kept: int, copies: int = 1, ema: bool = False) -> Finding:
     """Free space against what the stages will write: the unpacked corpus, its features at each speed, checkpoints."""
-    # 80 float32 bins at 100 frames a second are 32 kB/s, as much as 16-bit audio at 16 kHz: once for the audio, once for each speed
-    # of the training set, which is nearly all of a corpus.
-    # A resumable checkpoint holds weights, two moments and perhaps a moving average; last.pt, previous.pt and one being written
-    # exist at once.
+    # 80 float32 bins at 100 frames a second are 32 kB/s, as much as 16-bit audio at 16 kHz: once for the audio, and once for each
+    # speed. Checkpoints hold weights, two moments and perhaps a moving average, and there may be three at once.
     weights_gib = parameters * 4 / GIB
     needed = (1 + copies) * audio_gib + weights_gib * (3 * (3 + ema) + epochs_kept + 2)
     nearest = next(p for p in (data.absolute(), *data.absolute().parents) if p.exists())

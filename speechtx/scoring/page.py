@@ -220,6 +220,7 @@ def _facts(experiment: ExperimentRecord) -> list[str]:
         f"- parameters: {run['num_parameters']:,}",
         f"- trained on: {run['device']}" + (f" in each of {run['processes']} processes" if run.get("processes", 1) > 1 else ""),
         f"- training: {run['train_seconds'] / 3600:.2f} hours, {experiment.epochs} epochs, seed {run['seed']}",
+        *(f"- training was interrupted, and continued {how}" for how in run.get("continued", [])),
         f"- weights: mean of {len(epochs)} epochs, {by}: {' '.join(map(str, epochs))}",
     ]
     for decoding in experiment.decodings:

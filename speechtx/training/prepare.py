@@ -239,12 +239,13 @@ def check_features_agree(data: TrainingData) -> FbankConfig:
 
 
 def describe_run(exp: Path, *, device: str, num_parameters: int, seed: int, processes: int) -> None:
-    """Writes run.json at the first start; a continued run only adds when it was continued."""
+    """Writes run.json at the first start; a continued run only adds when, and by which commit."""
     path = exp / "run.json"
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     if path.is_file():
         run = json.loads(path.read_text(encoding="utf-8"))
-        run.setdefault("continued", []).append(now)
+        if "train_seconds" not in run:  # else it is finished, and nothing will be trained
+            run.setdefault("continued", []).append(f"{now} by git {git_hash()}")
     else:
         run = {
             "command": shlex.join(["speechtx", *sys.argv[1:]]),

@@ -464,12 +464,17 @@ calls() {
   [ "$(calls)" = "decode score " ]
 }
 
-@test "features that a run at other speeds computed otherwise are computed again, equal ones are not" {
-  finished
+# Lets `data perturb-speed` of the stub write a set that tells its speeds.
+with_speeds() {
   mv "$T/.venv/bin/speechtx" "$T/.venv/bin/speechtx.stub"
   program "$T/.venv/bin/speechtx" '
     [[ "$1 ${2:-}" == "data perturb-speed" ]] || exec speechtx.stub "$@"
     rm -rf "$6" && cp -R "$5" "$6" && echo "utt $4" >"$6/utt2speed"'
+}
+
+@test "features that a run at other speeds computed otherwise are computed again, equal ones are not" {
+  finished
+  with_speeds
   ./run.sh --speeds 0.9,1.1 --stop-stage fbank >/dev/null
   [ "$(calls)" = "fbank " ]
   run ./run.sh --stop-stage fbank
@@ -487,10 +492,7 @@ calls() {
 
 @test "features at some speeds are not taken for those at others" {
   finished
-  mv "$T/.venv/bin/speechtx" "$T/.venv/bin/speechtx.stub"
-  program "$T/.venv/bin/speechtx" '
-    [[ "$1 ${2:-}" == "data perturb-speed" ]] || exec speechtx.stub "$@"
-    rm -rf "$6" && cp -R "$5" "$6" && echo "utt $4" >"$6/utt2speed"'
+  with_speeds
   for speeds in 0.9,1.0,1.1 0.8,1.2 0.9,1.0,1.1; do
     ./run.sh --speeds "$speeds" --stop-stage fbank >/dev/null
     [ "$(cat data/train_sp/utt2speed)" = "utt $speeds" ]

@@ -220,14 +220,11 @@ def test_language_models_are_looked_at_if_there_are_any(folder: Path, capsys: py
     assert status == 1
     assert "lm.yaml:1: ngram.ordr: unknown key; did you mean 'order'?" in out
     assert "lm.yaml:2: transformer: dim 30 is not divisible by heads 4" in out
-    Path("lm.yaml").write_text("ngram: {text: [corpus.txt]}\n")
-    status, out = run(capsys, "--lm-config", "lm.yaml")
-    assert status == 1
-    assert "lm.yaml: corpus.txt: no such file or data directory" in out
-    Path("lm.yaml").write_text("lexicon: {words: [names.txt]}\n")
-    status, out = run(capsys, "--lm-config", "lm.yaml")
-    assert status == 1
-    assert "lm.yaml: names.txt: no such file or data directory" in out
+    for section, missing in (("ngram: {text: [corpus.txt]}", "corpus.txt"), ("lexicon: {words: [names.txt]}", "names.txt")):
+        Path("lm.yaml").write_text(f"{section}\n")
+        status, out = run(capsys, "--lm-config", "lm.yaml")
+        assert status == 1
+        assert f"lm.yaml: {missing}: no such file or data directory" in out
     assert "2-gram of whole words" in out
 
 

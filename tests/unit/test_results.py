@@ -106,6 +106,15 @@ def test_the_page_does_not_say_that_dev_chose_epochs_when_the_last_were_averaged
     assert "the bootstrap has no width" not in page
 
 
+def test_the_page_says_by_which_commits_a_training_was_continued(tmp_path: Path) -> None:
+    exp = make_experiment(tmp_path / "exp")
+    run = json.loads((exp / "run.json").read_text())
+    (exp / "run.json").write_text(json.dumps({**run, "continued": ["2026-01-02T03:04:05+0000 by git 89abcdef0123"]}))
+    assert results("--exp", exp) == 0
+    page = (exp / "RESULTS.md").read_text(encoding="utf-8")
+    assert "- training was interrupted, and continued 2026-01-02T03:04:05+0000 by git 89abcdef0123" in page
+
+
 def test_the_page_warns_that_no_error_at_all_gives_an_interval_without_width(tmp_path: Path) -> None:
     exp = make_experiment(tmp_path / "exp")
     make_decoding(exp, "decode", "perfect", {f"u{i}": (8, 0, 0, 0) for i in range(4)})

@@ -100,12 +100,15 @@ def test_killed_and_continued_training_ends_with_the_same_bits(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, steps)
         train(config, data, tmp_path / "killed")
-    train(config, data, tmp_path / "killed")
+    for _ in range(2):  # the second call finds it finished
+        train(config, data, tmp_path / "killed")
     straight, killed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert straight.keys() == killed.keys()
     assert all(torch.equal(straight[name], killed[name]) for name in straight)
     timeless = [[{**e, "seconds": 0, "frames_per_second": 0} for e in history(tmp_path / exp)] for exp in ("straight", "killed")]
     assert timeless[0] == timeless[1]
+    continued = json.loads((tmp_path / "killed" / "run.json").read_text())["continued"]
+    assert [how.rsplit(" ", 1)[1] for how in continued] == [prepare.git_hash()]
 
 
 def test_more_loader_processes_change_nothing(data: TrainingData, tmp_path: Path) -> None:
