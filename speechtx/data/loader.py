@@ -22,8 +22,8 @@ from speechtx.config.schema import FeaturesConfig, SpecAugmentConfig
 from speechtx.data.ark import read_matrix, read_scp
 from speechtx.data.manifest import Utterance
 from speechtx.frontend.cmvn import CmvnStats, apply_cmvn
-from speechtx.frontend.perturb_features import FeaturePerturbation, draw_tempo
-from speechtx.frontend.specaugment import read_at, spec_augment
+from speechtx.frontend.perturb_features import FeaturePerturbation, at_length
+from speechtx.frontend.specaugment import spec_augment
 
 # Numbers of random streams of an utterance: of the first view, the next view has the next one; of TEMPO, which all views share.
 # 0 would be the stream without a number.
@@ -125,7 +125,7 @@ class Corpus(Dataset[Batch | DataError]):
         reader: reads and normalises features.
         specaugment: masks to draw, None for none.
         perturb: changes the features before they are normalised, None for none.
-        shortest: frames of each row that a faster tempo must leave; needed only where `perturb` has one.
+        spans: the fewest and the most frames of each row at another tempo (`tempo_span`); without it, those it has.
         seed: of the masks and changes.
         views: how many times each utterance is in a batch, perturbed and masked anew each time, but with the same tempo and time
             warp, so that frames correspond. A batch of N utterances has views * N rows: all in their first view, then all in
@@ -140,7 +140,7 @@ class Corpus(Dataset[Batch | DataError]):
         reader: FeatureReader,
         specaugment: SpecAugmentConfig | None = None,
         perturb: FeaturePerturbation | None = None,
-        shortest: Sequence[int] = (),
+        spans: Sequence[tuple[int, int]] = (),
         seed: int = 0,
         views: int = 1,
     ) -> None:
@@ -149,13 +149,26 @@ class Corpus(Dataset[Batch | DataError]):
         self.reader = reader
         self.specaugment = specaugment
         self.perturb = perturb
-        self.shortest = shortest
+        self.spans = spans or [(u.num_frames, u.num_frames) for u in utterances]
         self.seed = seed
         self.views = views
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.utterances)
+
+    def length(self, index: int) -> int:
+        """Frames that an utterance has in this epoch: those of the data, or at the tempo that is drawn for it."""
+        fewest, most = self.spans[index]
+        if self.perturb is None or fewest == most:
+            return most
+        tempo = self.perturb.config.tempo
+        rate = self._generator(index, TEMPO).uniform(1.0 - tempo, 1.0 + tempo)
+        return min(max(round(self.utterances[index].num_frames / rate), fewest), most)
+
+    def lengths(self) -> list[int]:
+        """Of all utterances, in this epoch: batches are made by them, so that slow speech fills none with padding."""
+        return [self.length(index) for index in range(len(self))]
 
     def __getitem__(self, indices: list[int]) -> Batch | DataError:
         """A batch, or the error that one of its utterances raised: thrown in a worker, torch would wrap it in its traceback."""
@@ -196,10 +209,7 @@ class Corpus(Dataset[Batch | DataError]):
         feats = self.reader.read(utterance)
         if self.perturb is None:
             return [self.reader.normalise(utterance, feats)] * self.views
-        if self.perturb.config.tempo:
-            rng = self._generator(index, TEMPO)
-            position = draw_tempo(len(feats), self.perturb.config.tempo, rng, shortest=self.shortest[index])
-            feats = feats if position is None else read_at(feats, position)
+        feats = at_length(feats, self.length(index))
         views = []
         for number in range(self.views):
             rng = self._generator(index, PERTURBATION + number)

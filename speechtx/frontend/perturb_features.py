@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from speechtx.config.schema import FbankConfig, NoiseConfig, PerturbConfig
+from speechtx.frontend.specaugment import read_at
 
 VTLP_BOUNDARY = 0.6  # of Nyquist: 4800 Hz at 16 kHz, above the formants that matter (Jaitly and Hinton 2013, section 2)
 PAUSE_SHARE = 0.1  # of an utterance's frames, the quietest, count as its pauses
@@ -47,20 +48,24 @@ class FeaturePerturbation:
         return feats
 
 
-def draw_tempo(num_frames: int, tempo: float, rng: np.random.Generator, *, shortest: int) -> np.ndarray | None:
-    """Where in an utterance of T frames each of T' frames is read when it is spoken faster or slower.
+def tempo_span(num_frames: int, tempo: float, *, shortest: int, longest: int) -> tuple[int, int]:
+    """The fewest and the most frames that an utterance of T frames may have when it is spoken at a rate in 1 +- `tempo`.
 
     Args:
         num_frames: T.
-        tempo: the rate is uniform in 1 +- this, T' is T / rate.
-        rng: where randomness comes from.
-        shortest: T' is at least this, what the transcript needs.
-
-    Returns:
-        (T',) float64, between 0 and T - 1; None where T' is T.
+        tempo: of the configuration, 0 to 0.5.
+        shortest: faster speech has at least these, unless T is less already: what the transcript needs.
+        longest: slower speech has at most these, unless T is more already: what fits into a batch.
     """
-    length = max(round(num_frames / rng.uniform(1.0 - tempo, 1.0 + tempo)), min(shortest, num_frames))
-    return None if length == num_frames or num_frames < 2 else np.linspace(0, num_frames - 1, length)
+    if num_frames < 2:  # nothing to read between
+        return num_frames, num_frames
+    fewest = max(round(num_frames / (1.0 + tempo)), min(shortest, num_frames))
+    return fewest, min(round(num_frames / (1.0 - tempo)), max(longest, num_frames))
+
+
+def at_length(feats: np.ndarray, length: int) -> np.ndarray:
+    """(T, F) features spoken faster or slower: (`length`, F), read between frames, first and last as they were."""
+    return feats if length == len(feats) else read_at(feats, np.linspace(0, len(feats) - 1, length))
 
 
 def warp_frequency(feats: np.ndarray, alpha: float, fbank: FbankConfig) -> np.ndarray:

@@ -29,7 +29,7 @@ from speechtx.data.loader import Corpus, FeatureReader
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
 from speechtx.data.waveforms import WaveformCorpus, training_sources
 from speechtx.experiment.experiment import Experiment
-from speechtx.frontend.perturb_features import FeaturePerturbation
+from speechtx.frontend.perturb_features import FeaturePerturbation, tempo_span
 from speechtx.model.losses import ctc_min_frames
 from speechtx.model.subsampling import min_frames, subsampled_length
 from speechtx.text.tokenizer import Tokenizer
@@ -221,12 +221,15 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
 
 def _augmentation(config: TrainConfig, fbank: FbankConfig, selection: Selection) -> dict[str, Any]:
     """What the training corpus does to its features and the dev corpus does not."""
-    perturb = config.training.perturb
+    limits, perturb = config.training, config.training.perturb
     factor = config.model.encoder.subsampling.factor
     return {
         "specaugment": config.training.specaugment,
         "perturb": FeaturePerturbation(config=perturb, fbank=fbank) if perturb != PerturbConfig() else None,
-        "shortest": [min_frames(factor, ctc_min_frames(ids)) for ids in selection.tokens] if perturb.tempo else (),
+        "spans": [
+            tempo_span(u.num_frames, perturb.tempo, shortest=min_frames(factor, ctc_min_frames(ids)), longest=limits.max_frames)
+            for u, ids in zip(selection.utterances, selection.tokens, strict=True)
+        ],
         "views": 2 if config.training.consistency is not None else 1,
     }
 

@@ -39,7 +39,7 @@ class Profile:
     frames_per_second: float
     gflop: float  # of a step's matrix products and convolutions in this process, forward and backward
     product_gflop_per_second: float
-    padding: float  # share of the epoch's frames, by the lengths of the data: a perturbed tempo adds to it
+    padding: float  # share of the epoch's frames
     peak_gib: float
     device: str
     threads: int
@@ -61,7 +61,7 @@ class Profile:
             f"A step has {self.gflop:.2f} GFLOP of matrix products and convolutions{' in each process' * (self.processes > 1)}; "
             f"a plain matrix product runs at {self.product_gflop_per_second:,.0f} GFLOP/s here, so the step reaches "
             f"{100 * self.share:.0f} % of that rate. "
-            f"Padding is {100 * self.padding:.1f} % of the epoch's frames by the lengths of the data.",
+            f"Padding is {100 * self.padding:.1f} % of the epoch's frames.",
             "",
             *_table("phase", self.phases, self.step),
             "",
@@ -201,7 +201,7 @@ def profile(trainer: Trainer, steps: int) -> Profile:
     trainer.resume()
     if trainer.epoch > trainer.train_config.epochs:  # a finished training is profiled on another epoch of its data
         trainer.index = 0
-    device, frames = trainer.world.device, [u.num_frames for u in trainer.train_corpus.utterances]
+    device, frames = trainer.world.device, trainer.train_corpus.at_epoch(trainer.epoch).lengths()
     all_groups = trainer.groups()
     groups = all_groups[trainer.index :][:steps]
     trainer.model.train()

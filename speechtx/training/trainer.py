@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +268,14 @@ class Trainer:
             consistency = self.train_config.consistency if self.model.training else None
             return self.model(batch.feats, batch.feat_lens, batch.tokens, batch.token_lens, consistency=consistency)
 
-    def groups(self) -> list[list[list[int]]]:
-        """The epoch's batches, grouped into optimiser steps: accum_steps for each process, or for all if they share batches."""
+    def groups(self, lengths: Sequence[int] | None = None) -> list[list[list[int]]]:
+        """The epoch's batches, grouped into optimiser steps: accum_steps for each process, or for all if they share batches.
+
+        Args:
+            lengths: frames of each utterance; None: as they are drawn for this epoch.
+        """
         batches = make_batches(
-            [u.num_frames for u in self.train_corpus.utterances],
+            self.train_corpus.at_epoch(self.epoch).lengths() if lengths is None else lengths,
             frames_per_batch=self.train_config.frames_per_batch,
             max_utts=self.train_config.max_utts_per_batch,
             seed=self.config.seed,

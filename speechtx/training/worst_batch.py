@@ -8,7 +8,6 @@ training: what does not fit is refused, with the size that would.
 from __future__ import annotations
 
 import gc
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,19 +23,29 @@ if TYPE_CHECKING:
     from speechtx.training.trainer import Trainer
 
 
-def worst_batches(trainer: Trainer) -> list[list[int]]:
-    """The batches with the most padded frames, the most padded tokens and the longest utterance, without duplicates."""
-    batches = [batch for group in trainer.groups() for batch in trainer.world.share_of(group)]
-    if not batches:  # more processes than batches
+def worst_batches(trainer: Trainer) -> list[dict[int, int]]:
+    """The batches with the most padded frames, the most padded tokens and the longest utterance, without duplicates.
+
+    A batch is the frames of its utterances by their index. Where the tempo changes, it is made of others in every epoch: the
+    longest of all if everybody speaks as slowly as can be drawn, the one with most tokens if as fast.
+    """
+    slow, fast = ([most for _, most in trainer.train_corpus.spans], [fewest for fewest, _ in trainer.train_corpus.spans])
+    slow_batches, fast_batches = _batches_at(trainer, slow), _batches_at(trainer, fast)
+    if not slow_batches or not fast_batches:  # more processes than batches
         return []
-    frames = [utterance.num_frames for utterance in trainer.train_corpus.utterances]
     tokens = [len(ids) for ids in trainer.train_corpus.tokens]
     worst = (
-        max(batches, key=lambda batch: (len(batch) * max(frames[i] for i in batch), max(frames[i] for i in batch))),
-        max(batches, key=lambda batch: len(batch) * max(tokens[i] for i in batch)),
-        max(batches, key=lambda batch: max(frames[i] for i in batch)),
+        max(slow_batches, key=lambda batch: (len(batch) * max(batch.values()), max(batch.values()))),
+        max(fast_batches, key=lambda batch: len(batch) * max(tokens[i] for i in batch)),
+        max(slow_batches, key=lambda batch: max(batch.values())),
     )
     return [batch for number, batch in enumerate(worst) if batch not in worst[:number]]
+
+
+def _batches_at(trainer: Trainer, lengths: list[int]) -> list[dict[int, int]]:
+    """This process's batches of the epoch if its utterances had these lengths."""
+    shares = [batch for group in trainer.groups(lengths) for batch in trainer.world.share_of(group)]
+    return [{index: lengths[index] for index in batch} for batch in shares]
 
 
 def scan(trainer: Trainer) -> None:
@@ -54,11 +63,11 @@ def scan(trainer: Trainer) -> None:
     encoder = trainer.model.encoder
     rates, encoder.depth_rates = encoder.depth_rates, [0.0] * len(encoder.depth_rates)  # a draw may leave all layers in
     try:
-        for indices in worst_batches(trainer):
-            batch = at_slowest(trainer, indices, trainer.train_corpus.at_epoch(trainer.epoch).batch(indices))
+        for frames in worst_batches(trainer):
+            batch = load(trainer, frames)
             reset_peak(device)
             if not fits(trainer, batch):
-                raise _too_large(trainer, indices, batch)
+                raise _too_large(trainer, frames, batch)
             trainer.monitor.say(
                 f"memory: {shape_of(batch)} need {peak_memory(device):.2f} of {total_memory(device):.1f} GiB at their peak"
             )
@@ -70,14 +79,14 @@ def scan(trainer: Trainer) -> None:
                 buffer.copy_(buffers[name])
 
 
-def at_slowest(trainer: Trainer, indices: list[int], batch: Batch) -> Batch:
-    """The batch as long as the slowest tempo that can be drawn makes it; what it is filled up with needs as much memory."""
-    tempo = trainer.train_config.perturb.tempo
-    if tempo == 0.0:
+def load(trainer: Trainer, frames: dict[int, int]) -> Batch:
+    """The batch, padded or cut to these frames; what it is filled up with needs as much memory."""
+    batch = trainer.train_corpus.at_epoch(trainer.epoch).batch(list(frames))
+    lengths = torch.tensor(list(frames.values()) * trainer.train_corpus.views)
+    if torch.equal(lengths, batch.feat_lens):
         return batch
-    lengths = [math.ceil(trainer.train_corpus.utterances[i].num_frames / (1.0 - tempo)) for i in indices]
-    feats = F.pad(batch.feats, (0, 0, 0, max(lengths) - batch.feats.shape[1]))
-    return replace(batch, feats=feats, feat_lens=torch.tensor(lengths * trainer.train_corpus.views))
+    feats = F.pad(batch.feats, (0, 0, 0, int(lengths.max()) - batch.feats.shape[1]))
+    return replace(batch, feats=feats, feat_lens=lengths)
 
 
 def fits(trainer: Trainer, batch: Batch) -> bool:
@@ -97,28 +106,27 @@ def fits(trainer: Trainer, batch: Batch) -> bool:
     return enough
 
 
-def _too_large(trainer: Trainer, indices: list[int], batch: Batch) -> TrainingError:
+def _too_large(trainer: Trainer, frames: dict[int, int], batch: Batch) -> TrainingError:
     """Finds by bisection how many utterances of a batch fit, its longest ones, since others may be as long in another batch."""
-    utterances = trainer.train_corpus.utterances
-    indices = sorted(indices, key=lambda i: utterances[i].num_frames, reverse=True)
-    most, too_many = 0, len(indices)
+    by_length = sorted(frames.items(), key=lambda item: item[1], reverse=True)
+    most, too_many = 0, len(by_length)
     while too_many - most > 1:
         middle = (most + too_many) // 2
-        if fits(trainer, at_slowest(trainer, indices[:middle], trainer.train_corpus.batch(indices[:middle]))):
+        if fits(trainer, load(trainer, dict(by_length[:middle]))):
             most = middle
         else:
             too_many = middle
     device = trainer.world.device
-    longest = utterances[indices[0]]
+    index, longest = by_length[0]
     begin = f"not enough memory on {device} ({total_memory(device):.1f} GiB): a batch of {shape_of(batch)} does not fit"
     if most == 0:
         return TrainingError(
-            f"{begin}, nor does its longest utterance alone ({longest.id}, {longest.num_frames} frames): lower "
-            "training.max_frames, set training.gradient_checkpointing: true, or look at what else uses the memory"
+            f"{begin}, nor does its longest utterance alone ({trainer.train_corpus.utterances[index].id}, {longest} frames): "
+            "lower training.max_frames, set training.gradient_checkpointing: true, or look at what else uses the memory"
         )
     shares = trainer.world.size // trainer.world.batches_at_once  # this batch may be one process's share of a larger one
-    frames = (shares * (most - 1) + 1) * longest.num_frames  # no share then has more than `most`; batches are made by num_frames
+    enough = (shares * (most - 1) + 1) * longest  # no share then has more than `most`
     return TrainingError(
-        f"{begin}, but {most} of them do: set training.frames_per_batch to {frames} or less, now "
+        f"{begin}, but {most} of them do: set training.frames_per_batch to {enough} or less, now "
         f"{trainer.train_config.frames_per_batch}. Otherwise {ADVICE}"
     )

@@ -20,8 +20,9 @@ from speechtx.frontend.fbank import Fbank
 from speechtx.frontend.perturb_features import (
     FeaturePerturbation,
     add_noise,
-    draw_tempo,
+    at_length,
     make_noise,
+    tempo_span,
     warp_frequency,
     warped,
 )
@@ -44,7 +45,7 @@ def make_corpus(data: TrainingData, perturb: PerturbConfig | None, *, epoch: int
         tokens=[[1, 2]] * len(utterances),
         reader=FeatureReader(config=FeaturesConfig(cmvn=cmvn), num_mel_bins=BINS, data_dir=data.train),
         perturb=perturb and FeaturePerturbation(config=perturb, fbank=FbankConfig(num_mel_bins=BINS)),
-        shortest=[11] * len(utterances),
+        spans=perturb and [tempo_span(u.num_frames, perturb.tempo, shortest=11, longest=3000) for u in utterances],
         seed=5,
     ).at_epoch(epoch)
 
@@ -59,25 +60,39 @@ def noise_of(samples: int, seed: int, tilt: float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ tempo
 
 
-@given(num_frames=st.integers(1, 500), tempo=st.floats(0.01, 0.5), shortest=st.integers(1, 400), seed=st.integers(0, 1000))
-def test_another_tempo_keeps_both_ends_and_never_leaves_fewer_frames_than_the_transcript_needs(
-    num_frames: int, tempo: float, shortest: int, seed: int
+@given(num_frames=st.integers(1, 500), tempo=st.floats(0.0, 0.5), shortest=st.integers(1, 400), longest=st.integers(300, 600))
+def test_another_tempo_leaves_what_the_transcript_needs_and_makes_no_more_than_a_batch_may_hold(
+    num_frames: int, tempo: float, shortest: int, longest: int
 ) -> None:
-    position = draw_tempo(num_frames, tempo, np.random.default_rng(seed), shortest=shortest)
-    if position is None:
-        return
-    assert (position[0], position[-1]) == (0, num_frames - 1)
-    assert (np.diff(position) > 0).all()
-    assert len(position) >= min(shortest, num_frames)
-    assert len(position) <= np.ceil(num_frames / (1 - tempo))
-    assert len(position) >= np.floor(num_frames / (1 + tempo))
+    fewest, most = tempo_span(num_frames, tempo, shortest=shortest, longest=longest)
+    assert fewest <= num_frames <= most
+    assert min(shortest, num_frames) <= fewest
+    assert most <= max(longest, num_frames)
+    assert num_frames / (1 + tempo) - 1 <= fewest and most <= num_frames / (1 - tempo) + 1
 
 
-def test_tempo_is_uniform_about_one() -> None:
-    rng = np.random.default_rng(0)
-    drawn = [draw_tempo(1000, 0.25, rng, shortest=1) for _ in range(2000)]
-    rates = [1.0 if position is None else 1000 / len(position) for position in drawn]
+@given(num_frames=st.integers(2, 300), length=st.integers(2, 300))
+def test_another_tempo_keeps_both_ends_and_the_order_of_frames(num_frames: int, length: int) -> None:
+    feats = np.arange(num_frames, dtype=np.float32)[:, None]
+    other = at_length(feats, length)
+    assert other.shape == (length, 1)
+    assert (other[0], other[-1]) == (0, num_frames - 1)
+    assert (np.diff(other[:, 0]) > 0).all()
+
+
+def test_tempo_is_uniform_about_one(data: TrainingData) -> None:
+    corpus = make_corpus(data, PerturbConfig(tempo=0.25))
+    frames = np.array([utterance.num_frames for utterance in corpus.utterances])
+    rates = np.concatenate([frames / corpus.at_epoch(epoch).lengths() for epoch in range(200)])
     assert np.quantile(rates, [0.0, 0.25, 0.5, 0.75, 1.0]) == pytest.approx([0.75, 0.875, 1.0, 1.125, 1.25], abs=0.02)
+
+
+def test_batches_are_made_by_the_tempo_of_the_epoch(data: TrainingData) -> None:
+    corpus = make_corpus(data, PerturbConfig(tempo=0.5))
+    of_epochs = [corpus.at_epoch(epoch).lengths() for epoch in (1, 2)]
+    assert of_epochs[0] != of_epochs[1]
+    for epoch, lengths in enumerate(of_epochs, start=1):
+        assert corpus.at_epoch(epoch).batch(list(range(len(corpus)))).feat_lens.tolist() == lengths
 
 
 def test_faster_speech_keeps_its_spectrum_where_faster_sound_moves_it(data: TrainingData) -> None:
