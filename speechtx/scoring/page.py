@@ -9,7 +9,7 @@ from typing import Any
 
 from speechtx.config.decode import DecodeConfig
 from speechtx.config.errors import ScoringError
-from speechtx.scoring.results import Decoding, ExperimentRecord
+from speechtx.scoring.results import Decoding, ExperimentRecord, mean_interval
 
 Key = tuple[str, str]
 """Test set and name of the decoding configuration."""
@@ -80,22 +80,27 @@ def score_table(experiments: Sequence[ExperimentRecord]) -> list[str]:
             row += [str(found["sub"]), str(found["del"]), str(found["ins"]), f"{found['errors']} / {found['reference_units']}"]
             row += [f"{decoding.scores[u].content['rate']:.2f}" if u in decoding.scores else "-" for u in extra]
             rows.append([*row, _rtf(decoding)])
-        if several and len(group) > 1:
-            rates = [decoding.scores["wer"].content["rate"] for _, decoding in group]
-            row = [
-                test_set,
-                role,
-                name,
-                f"mean of {len(rates)}",
-                f"{fmean(rates):.2f}",
-                f"min {min(rates):.2f}, max {max(rates):.2f}",
-            ]
-            row += ["-"] * 4
-            for unit in extra:
-                values = [decoding.scores[unit].content["rate"] for _, decoding in group if unit in decoding.scores]
-                row.append(f"{fmean(values):.2f}" if len(values) == len(group) else "-")
-            rows.append([*row, "-"])
+        if len(group) > 1:
+            rows.append([test_set, role, name, *_mean_cells([decoding for _, decoding in group], extra)])
     return _aligned(rows)
+
+
+def _mean_cells(decodings: Sequence[Decoding], extra: Sequence[str]) -> list[str]:
+    """The cells of a row that stands for several seeds, from the column of seeds on."""
+    scores = [decoding.scores["wer"] for decoding in decodings]
+    rates = [score.content["rate"] for score in scores]
+    low, high = mean_interval(scores)
+    cells = [
+        f"mean of {len(rates)}, min {min(rates):.2f}, max {max(rates):.2f}",
+        f"{fmean(rates):.2f}",
+        f"{low:.2f} - {high:.2f}",
+        *(f"{fmean(score.content[kind] for score in scores):.1f}" for kind in ("sub", "del", "ins")),
+        f"{fmean(score.content['errors'] for score in scores):.1f} / {scores[0].content['reference_units']}",
+    ]
+    for unit in extra:
+        values = [decoding.scores[unit].content["rate"] for decoding in decodings if unit in decoding.scores]
+        cells.append(f"{fmean(values):.2f}" if len(values) == len(decodings) else "-")
+    return [*cells, "-"]
 
 
 def describe_search(decode: dict[str, Any]) -> str:
@@ -177,6 +182,8 @@ def _explanations(experiments: Sequence[ExperimentRecord]) -> list[str]:
         f"Counted by NIST {first['sclite']}. The interval is a bootstrap over utterances (10,000 draws).",
         "CER counts the space between words as a character. RTF: time to decode (features, encoder, search) over audio time.",
     ]
+    if len(experiments) > 1:
+        lines.append("That of a mean draws the same utterances for every seed: it tells nothing of other seeds, min and max do.")
     dev_sets = sorted({experiment.dev_set for experiment in experiments if experiment.dev_set})
     if dev_sets:
         names = " and ".join(dev_sets)

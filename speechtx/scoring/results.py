@@ -51,6 +51,12 @@ class ScoreRecord:
                 )
 
 
+def mean_interval(scores: Sequence[ScoreRecord]) -> tuple[float, float]:
+    """95 % bootstrap interval, in percent, of the mean rate of several systems on one reference."""
+    errors = [sum(of_systems) for of_systems in zip(*(score.errors for score in scores), strict=True)]
+    return bootstrap_interval(errors, [len(scores) * units for units in scores[0].reference])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """One decode_* directory: its decode.json, its scores by unit, and the tune.json that chose its weights, if one did."""

@@ -11,6 +11,7 @@ import pytest
 
 from speechtx.bin import main
 from speechtx.scoring.page import describe_search
+from speechtx.scoring.results import mean_interval, read_score
 from speechtx.scoring.sclite import Counts, Score, write_score
 
 
@@ -138,8 +139,19 @@ def test_several_seeds_give_mean_least_and_greatest(tmp_path: Path) -> None:
     assert results(*words, "--out", tmp_path / "R.md") == 0
     page = (tmp_path / "R.md").read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if line.startswith("| test") and "mean of 3" in line)
-    assert "33.33" in row
     assert "min 20.00, max 50.00" in row
+    assert [cell.strip() for cell in row.split("|")][5:10] == ["33.33", "33.33 - 33.33", "23.3", "10.0", "0.0"]
+    assert "33.3 / 100" in row
+
+
+def test_the_interval_of_a_mean_draws_the_same_utterances_for_every_seed(tmp_path: Path) -> None:
+    exps = [make_experiment(tmp_path / name) for name in ("a", "b")]
+    for exp, wrong in zip(exps, (5, 0), strict=True):  # the same two utterances are hard for both
+        counts = {f"u{i}": (8 - wrong, wrong, 0, 0) if i < 2 else (8, 0, 0, 0) for i in range(10)}
+        make_decoding(exp, "decode", "hard", counts)
+    scores = [read_score(exp / "decode_hard_decode" / "score_wer") for exp in exps]
+    assert mean_interval(scores) == tuple(bound / 2 for bound in scores[0].interval)
+    assert mean_interval(scores[:1]) == scores[0].interval
 
 
 def test_several_experiments_need_a_place_for_the_page_and_may_not_repeat(
