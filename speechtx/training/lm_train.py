@@ -97,7 +97,7 @@ class LmTrainer:
         self.device = device
         self.monitor = monitor
         self.optimizer = build_optimizer(self.model, config.optimizer, device)
-        self.text_hash = hashlib.sha256(json.dumps(train.sentences).encode()).hexdigest()
+        self.text_hash, self.dev_hash = (hashlib.sha256(json.dumps(t.sentences).encode()).hexdigest() for t in (train, dev))
         self.epoch = 1  # the epoch being trained
         self.index = 0  # steps done in it
         self.step = 0  # steps done in all
@@ -245,19 +245,20 @@ class LmTrainer:
         state = load_checkpoint(self.out / "checkpoints")
         if state is None:
             return
-        if state["text_hash"] != self.text_hash:
-            raise TrainingError(
-                f"{self.out}/checkpoints: trained on another text; start anew (utils/steps/lm.sh --restart), or elsewhere"
-            )
+        for name, what in (("text_hash", "trained"), ("dev_hash", "measured")):  # dev chose the best epoch so far
+            if state.get(name, getattr(self, name)) != getattr(self, name):  # older checkpoints lack that of dev
+                raise TrainingError(
+                    f"{self.out}/checkpoints: {what} on another text; start anew (utils/steps/lm.sh --restart), or elsewhere"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in _KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.monitor.write_metrics(self.history)
         self.monitor.say(f"continuing from the checkpoint at epoch {self.epoch}, step {self.index} of the epoch")
 
 
-_KEPT = ("epoch", "index", "step", "nonfinite", "seconds", "sums", "history", "text_hash")
+_KEPT = ("epoch", "index", "step", "nonfinite", "seconds", "sums", "history", "text_hash", "dev_hash")
 
 
 def averages_of(sums: torch.Tensor) -> dict[str, float]:

@@ -174,6 +174,8 @@ def test_a_directory_of_another_model_or_text_is_not_trained_on(data: dict[str, 
         train_language_model(transformer("epochs=1", "dim=32", "seed=2"), **data, out=tmp_path / "lm")
     with pytest.raises(TrainingError, match="trained on another text"):
         train_language_model(transformer("epochs=2"), **{**data, "train": data["dev"]}, out=tmp_path / "lm")
+    with pytest.raises(TrainingError, match="measured on another text"):
+        train_language_model(transformer("epochs=2"), **{**data, "dev": data["train"]}, out=tmp_path / "lm")
     train_language_model(transformer("epochs=2"), **data, out=tmp_path / "lm")
     assert (tmp_path / "lm/metrics.jsonl").read_text().count("\n") == 2
 
