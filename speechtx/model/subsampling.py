@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from speechtx.config.errors import ConfigError
 from speechtx.config.schema import SubsamplingConfig
 from speechtx.model.attention_2d import Attention2d
+from speechtx.model.convolution import conv2d_innermost
 
 LengthT = TypeVar("LengthT", int, Tensor)
 
@@ -129,7 +130,7 @@ class Subsampling(nn.Module):
         # to two fifths of the front end's time. The convolutions' outputs are nobody else's, so ReLU may overwrite them.
         x = _long_enough(feats, self.factor).unsqueeze(3).permute(0, 3, 1, 2)
         for number, conv in enumerate(self.convolutions()):
-            x = conv(x)
+            x = conv2d_innermost(x, conv)
             if self.mix and number:
                 x = self.mix[number - 1](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             x = F.relu(x, inplace=True)

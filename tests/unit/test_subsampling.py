@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from speechtx.config.errors import ConfigError
 from speechtx.config.load import parse_config
 from speechtx.config.schema import ModelConfig, SubsamplingConfig
+from speechtx.model import convolution
 from speechtx.model.recognizer import Recognizer
 from speechtx.model.subsampling import Subsampling, TimeSubsampling, make_subsampling, min_frames, subsampled_length
 
@@ -133,3 +134,42 @@ def test_every_convolution_keeps_channels_innermost_so_that_none_copies_what_the
         conv.register_forward_hook(lambda _, __, made: layouts.append(made.is_contiguous(memory_format=torch.channels_last)))
     front_end(torch.randn(2, 30, 20))
     assert layouts == [True, True]
+
+
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 5),
+    size=st.tuples(st.integers(5, 20), st.integers(5, 12)),
+    width_stride=st.sampled_from([(3, 2), (5, 3)]),
+    floats=st.sampled_from([1, 300, 2**21]),
+    seed=st.integers(0, 100),
+)
+def test_the_gradient_of_a_convolutions_weight_by_matrix_products_is_pytorchs(
+    batch: int, channels: int, size: tuple[int, int], width_stride: tuple[int, int], floats: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    width, stride = width_stride
+    conv = torch.nn.Conv2d(channels, channels + 1, width, stride).double()
+    x = torch.randn(batch, channels, *size, dtype=torch.float64)
+    grad = torch.randn_like(conv(x))
+    (expected,) = torch.autograd.grad(conv(x), conv.weight, grad)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "WINDOW_FLOATS", floats)
+        assert torch.allclose(convolution.gradient_of_weight(x, grad, conv.weight, (stride, stride)), expected)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_many_channels_learn_as_few_do(factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    layer = front_end("conv2d", factor, channels=6).double()
+    feats = torch.randn(3, 40, 20, dtype=torch.float64)
+    gradients = []
+    for channels in (97, 6):  # plain, by matrix products
+        monkeypatch.setattr(convolution, "MANY_CHANNELS", channels)
+        layer.zero_grad()
+        layer(feats).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    assert all(torch.allclose(plain, fast) for plain, fast in zip(*gradients, strict=True))
+    with torch.no_grad():
+        before = layer(feats)
+    assert torch.equal(before, layer(feats).detach())
