@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,8 +178,10 @@ def test_the_peak_of_memory_sees_an_allocation_and_forgets_it_when_reset() -> No
 def test_a_process_that_has_no_batch_has_no_worst_one() -> None:
     class Idle:
         world = World(rank=1, size=2, device=torch.device("cpu"), share_batches=True)
+        train_corpus = SimpleNamespace(spans=[(5, 9)] * 5)
 
-        def groups(self) -> list[list[list[int]]]:
+        def groups(self, lengths: list[int]) -> list[list[list[int]]]:
+            assert lengths in ([5] * 5, [9] * 5)
             return [[[3]], [[4]]]
 
     assert worst_batch.worst_batches(Idle()) == []  # type: ignore[arg-type]
