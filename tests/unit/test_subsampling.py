@@ -163,12 +163,14 @@ def test_many_channels_learn_as_few_do(factor: int, monkeypatch: pytest.MonkeyPa
     torch.manual_seed(3)
     layer = front_end("conv2d", factor, channels=6).double()
     feats = torch.randn(3, 40, 20, dtype=torch.float64)
-    gradients = []
+    gradients, calls, by_products = [], [], convolution.gradient_of_weight
+    monkeypatch.setattr(convolution, "gradient_of_weight", lambda *args: calls.append(len(gradients)) or by_products(*args))
     for channels in (97, 6):  # plain, by matrix products
         monkeypatch.setattr(convolution, "MANY_CHANNELS", channels)
         layer.zero_grad()
         layer(feats).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    assert calls == [1] * (len(layer.convolutions()) - 1), "in the second round, for all but the first, which has one channel"
     assert all(torch.allclose(plain, fast) for plain, fast in zip(*gradients, strict=True))
     with torch.no_grad():
         before = layer(feats)
