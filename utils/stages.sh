@@ -159,6 +159,7 @@ list_inputs() {
         for file in text feats.scp utt2num_frames fbank.yaml global_cmvn.ark; do stage_inputs+=(--in "data/$name/$file"); done
       done
       stage_inputs+=(--in "$tokenizer/tokens.txt" --config "$train_config:features,model,training" "${overrides[@]}" --value "seed=$seed")
+      stage_inputs+=(--names model.intermediate_ctc.lexicon)
       for name in epochs average checkpoint_minutes loader_workers max_nonfinite_steps; do
         stage_inputs+=(--soft "training.$name") # `speechtx train` continues an experiment in which only these changed
       done

@@ -184,6 +184,7 @@ def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Findi
 
     # <blank> and <sos/eos> join the pieces; how many characters a text has is not known yet
     vocab_size = 64 if train.tokenizer.type == "char" else train.tokenizer.vocab_size + 2
+    findings, num_phones = check_lexicon(train)
     try:
         with torch.device("meta"):
             model = Recognizer(
@@ -191,14 +192,34 @@ def check_model(train: TrainConfig, fbank: FbankConfig) -> tuple[int, list[Findi
                 num_mel_bins=fbank.num_mel_bins,
                 vocab_size=vocab_size,
                 frame_shift_ms=fbank.frame_shift_ms,
+                num_phones=num_phones,
             )
     except (ValueError, RuntimeError) as err:
-        return 0, [Finding("model", f"cannot be built: {err}", "correct the section model of the training configuration")]
+        return 0, [
+            *findings,
+            Finding("model", f"cannot be built: {err}", "correct the section model of the training configuration"),
+        ]
     number = sum(parameter.numel() for parameter in model.parameters())
     encoder, decoder = train.model.encoder, train.model.decoder
     about = "about " if train.tokenizer.type == "char" else ""
     shape = f"{encoder.type} {encoder.layers}+{decoder.layers} layers, width {encoder.dim}, {about}{vocab_size} tokens"
-    return number, [Finding("model", f"{shape}: {number:,} parameters")]
+    return number, [*findings, Finding("model", f"{shape}: {number:,} parameters")]
+
+
+def check_lexicon(train: TrainConfig) -> tuple[list[Finding], int]:
+    """The lexicon that the model's configuration names, if it does, and its number of phones; about 40 if nobody can tell yet."""
+    from speechtx.text.phones import Phones
+
+    intermediate = train.model.intermediate_ctc
+    if intermediate is None or intermediate.lexicon is None:
+        return [], 0
+    if not Path(intermediate.lexicon).exists():
+        return [Finding("lexicon", f"{intermediate.lexicon}: not there yet; stage data is to make it")], 40
+    try:
+        phones = Phones.load(intermediate.lexicon)
+    except SpeechtxError as err:
+        return [Finding("lexicon", str(err), "correct model.intermediate_ctc.lexicon, or the file")], 40
+    return [Finding("lexicon", f"{intermediate.lexicon}: {len(phones)} phones")], len(phones)
 
 
 def check_shapes(train: TrainConfig, fbank: FbankConfig) -> Iterator[Finding]:

@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override of the last --config"
     )
     parser.add_argument(
+        "--names", action="append", default=[], metavar="KEY", help="a key of the last --config whose value is a file it reads"
+    )
+    parser.add_argument(
         "--soft", action="append", default=[], metavar="KEY", help="a change of this key lets the stage continue its work"
     )
     parser.add_argument("--value", action="append", default=[], metavar="NAME=VALUE", help="any other setting that matters")
@@ -107,6 +110,9 @@ def fingerprint(args: argparse.Namespace) -> dict[str, str]:
         name, _, keys = config.partition(":")
         overrides = args.overrides if i == len(args.config) - 1 else []
         found |= {f"{key} in {name}": value for key, value in config_values(Path(name), keys, overrides).items()}
+        if i == len(args.config) - 1:
+            named = (value for key in args.names for value in config_values(Path(name), key, overrides).values())
+            found |= {value: path_digest(Path(value)) for value in named}
     for path in args.after:
         stamp = read_stamp(path)
         found[f"stage {path.stem}"] = stamp["finished"] if stamp else ""

@@ -152,10 +152,15 @@ class DecoderConfig(Section):
 
 
 class IntermediateCtcConfig(Section):
-    """CTC losses inside the encoder (Lee and Watanabe, ICASSP 2021), by the CTC output that the last layer has too."""
+    """CTC losses inside the encoder (Lee and Watanabe, ICASSP 2021), by the CTC output that the last layer has too.
+
+    With a lexicon, by an output of their own that predicts phones (Krishna, Toshniwal and Livescu 2018): words and letters that
+    sound alike share what is learnt about them, which tells most where there is little speech.
+    """
 
     layers: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]  # after how many layers; [3] halves six
     weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # CTC becomes (1 - weight) * CTC + weight * mean of these
+    lexicon: str | None = None  # predict the phones of this file, `WORD PHONE PHONE ...` a line (Kaldi's lexicon.txt)
     condition: bool = False  # later layers see what was predicted (self-conditioned CTC, Nozaki and Komatsu 2021)
 
 

@@ -32,13 +32,15 @@ MASKS, PERTURBATION, TEMPO = 1, 3, 5
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded features and, in training, padded tokens (padding is 0 in both; lengths tell what is real)."""
+    """Padded features and, in training, padded tokens and phones (padding is 0 in all; lengths tell what is real)."""
 
     ids: list[str]
     feats: Tensor  # (B, T, F) float32
     feat_lens: Tensor  # (B,) int64
     tokens: Tensor  # (B, U) int64
     token_lens: Tensor  # (B,) int64
+    phones: Tensor  # (B, P) int64; P is 0 where nothing needs them
+    phone_lens: Tensor  # (B,) int64
 
     def pin_memory(self) -> Self:
         """Called by torch's DataLoader so that copies to the GPU can be asynchronous."""
@@ -122,6 +124,7 @@ class Corpus(Dataset[Batch | DataError]):
     Args:
         utterances: rows of the table.
         tokens: token ids of each row; empty lists when decoding.
+        phones: phones of each row, if the model predicts them.
         reader: reads and normalises features.
         specaugment: masks to draw, None for none.
         perturb: changes the features before they are normalised, None for none.
@@ -137,6 +140,7 @@ class Corpus(Dataset[Batch | DataError]):
         *,
         utterances: Sequence[Utterance],
         tokens: Sequence[Sequence[int]],
+        phones: Sequence[Sequence[int]] = (),
         reader: FeatureReader,
         specaugment: SpecAugmentConfig | None = None,
         perturb: FeaturePerturbation | None = None,
@@ -146,6 +150,7 @@ class Corpus(Dataset[Batch | DataError]):
     ) -> None:
         self.utterances = utterances
         self.tokens = tokens
+        self.phones = phones
         self.reader = reader
         self.specaugment = specaugment
         self.perturb = perturb
@@ -187,8 +192,13 @@ class Corpus(Dataset[Batch | DataError]):
         return collate(
             [self.utterances[i].id for i in indices] * self.views,
             [views[number] for number in range(self.views) for views in loaded],
-            [self.tokens[i] for i in indices] * self.views,
+            *self.labels(indices),
         )
+
+    def labels(self, indices: list[int]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+        """Tokens and phones of a batch's rows."""
+        rows = indices * self.views
+        return [self.tokens[i] for i in rows], [self.phones[i] for i in rows] if self.phones else []
 
     def _features(self, index: int) -> list[np.ndarray]:
         """The views of one utterance."""
@@ -246,15 +256,21 @@ class Corpus(Dataset[Batch | DataError]):
             yield loaded
 
 
-def collate(ids: list[str], feats: Sequence[np.ndarray], tokens: Sequence[Sequence[int]]) -> Batch:
-    """Pads features (T_i, F) and tokens (U_i,) of a few utterances into one batch."""
+def collate(
+    ids: list[str], feats: Sequence[np.ndarray], tokens: Sequence[Sequence[int]], phones: Sequence[Sequence[int]] = ()
+) -> Batch:
+    """Pads features (T_i, F), tokens (U_i,) and phones (P_i,) of a few utterances into one batch; no phones are none of each."""
     feat_lens = [len(f) for f in feats]
-    token_lens = [len(t) for t in tokens]
     padded = np.zeros((len(feats), max(feat_lens), feats[0].shape[1]), dtype=np.float32)
-    padded_tokens = np.zeros((len(tokens), max(token_lens)), dtype=np.int64)
-    for row, (matrix, ids_of_row) in enumerate(zip(feats, tokens, strict=True)):
+    for row, matrix in enumerate(feats):
         padded[row, : len(matrix)] = matrix
-        padded_tokens[row, : len(ids_of_row)] = ids_of_row
-    return Batch(
-        ids, torch.from_numpy(padded), torch.tensor(feat_lens), torch.from_numpy(padded_tokens), torch.tensor(token_lens)
-    )
+    return Batch(ids, torch.from_numpy(padded), torch.tensor(feat_lens), *_padded(tokens), *_padded(phones or [[]] * len(ids)))
+
+
+def _padded(labels: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Labels of each utterance as (B, U), 0 in the padding, and their numbers (B,)."""
+    lens = [len(row) for row in labels]
+    padded = np.zeros((len(labels), max(lens)), dtype=np.int64)
+    for row, found in enumerate(labels):
+        padded[row, : len(found)] = found
+    return torch.from_numpy(padded), torch.tensor(lens)

@@ -49,7 +49,7 @@ class WaveformBatch(Batch):
         here = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
         feats = batch_fbank(self.fbank, device)(here.samples, here.sample_lens)
         feats = here._augmented(here._normalised(feats).repeat(len(self.ids) // len(feats), 1, 1))
-        return Batch(self.ids, feats, here.feat_lens, here.tokens, here.token_lens)
+        return Batch(self.ids, feats, here.feat_lens, here.tokens, here.token_lens, here.phones, here.phone_lens)
 
     def _normalised(self, feats: Tensor) -> Tensor:
         """(B, T, F) after CMVN (`speechtx.frontend.cmvn`)."""
@@ -113,7 +113,7 @@ class WaveformCorpus(Corpus):
         rows = collate(
             [utterance.id for utterance in utterances] * self.views,
             [np.empty((len(augmentation.keep_frames), 0), dtype=np.float32) for augmentation in drawn],
-            [self.tokens[i] for i in indices] * self.views,
+            *self.labels(indices),
         )
         stats = [found for utterance in utterances if (found := self.reader.stored_stats(utterance)) is not None]
         warped = any(augmentation.position is not None for augmentation in drawn)

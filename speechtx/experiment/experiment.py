@@ -15,7 +15,10 @@ from speechtx.config.schema import FbankConfig, TrainConfig
 from speechtx.data.ark import read_ark
 from speechtx.frontend.cmvn import CmvnStats
 from speechtx.model.recognizer import Recognizer
+from speechtx.text.phones import Phones
 from speechtx.text.tokenizer import Tokenizer
+
+LEXICON = "lexicon.txt"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class Experiment:
         return Tokenizer.load(self.path / "tokenizer")
 
     @cached_property
+    def phones(self) -> Phones | None:
+        """What intermediate CTC predicts; None when those are tokens, or there is none."""
+        intermediate = self.config.model.intermediate_ctc
+        return None if intermediate is None or intermediate.lexicon is None else Phones.load(self.path / LEXICON)
+
+    @cached_property
     def global_cmvn(self) -> CmvnStats | None:
         """Statistics of the training set; None when the model does not use them."""
         if self.config.features.cmvn != "global":
@@ -69,6 +78,7 @@ class Experiment:
             num_mel_bins=self.fbank.num_mel_bins,
             vocab_size=self.tokenizer.vocab_size,
             frame_shift_ms=self.fbank.frame_shift_ms,
+            num_phones=len(self.phones or ()),
         )
 
     def load_model(self, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Recognizer:

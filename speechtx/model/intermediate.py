@@ -12,13 +12,13 @@ from speechtx.config.schema import IntermediateCtcConfig
 class IntermediateCtc(nn.Module):
     """Intermediate CTC (Lee and Watanabe, ICASSP 2021) and self-conditioning (Nozaki and Komatsu, Interspeech 2021).
 
-    Both papers use one CTC output for all layers. Self-conditioning adds a linear map of an intermediate prediction to the frames
-    that the next layer sees; it is part of the model, so it is computed in recognition too.
+    Both papers use one CTC output for all layers; phones have one of their own. Self-conditioning adds a linear map of an
+    intermediate prediction to the frames that the next layer sees; it is part of the model, so it is computed in recognition too.
 
     Args:
         config: which layers, and whether later ones are conditioned.
         dim: D.
-        vocab_size: V.
+        vocab_size: V, tokens or phones, and the blank.
         log_probs: the CTC output, (B, S, D) -> (B, S, V); its weights belong to the caller.
     """
 

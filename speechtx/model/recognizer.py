@@ -32,12 +32,15 @@ class Recognizer(nn.Module):
         num_mel_bins: F, bins of the features.
         vocab_size: V, tokens including <blank> (id 0) and <sos/eos> (id V - 1).
         frame_shift_ms: of the features; penalties in milliseconds need it.
+        num_phones: of the lexicon, if `intermediate_ctc` has one.
 
     Raises:
         ConfigError: see `AttentionPenalty`.
     """
 
-    def __init__(self, *, config: ModelConfig, num_mel_bins: int, vocab_size: int, frame_shift_ms: float = 10.0) -> None:
+    def __init__(
+        self, *, config: ModelConfig, num_mel_bins: int, vocab_size: int, frame_shift_ms: float = 10.0, num_phones: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.blank_id = 0
@@ -62,9 +65,15 @@ class Recognizer(nn.Module):
                 backend=penalty.backend,
             )
         self.ctc = nn.Linear(dim, vocab_size)
+        self.phones: nn.Linear | None = None
         if config.intermediate_ctc is not None:
+            if config.intermediate_ctc.lexicon is not None:
+                self.phones = nn.Linear(dim, num_phones + 1)
             self.encoder.intermediate = IntermediateCtc(
-                config=config.intermediate_ctc, dim=dim, vocab_size=vocab_size, log_probs=self.ctc_log_probs
+                config=config.intermediate_ctc,
+                dim=dim,
+                vocab_size=(self.phones or self.ctc).out_features,
+                log_probs=self._phone_log_probs if self.phones else self.ctc_log_probs,
             )
         initialise(self)
 
@@ -82,6 +91,11 @@ class Recognizer(nn.Module):
         """enc_out (B, S, D) -> log-probabilities (B, S, V), float32."""
         return F.log_softmax(self.ctc(enc_out).float(), dim=-1)
 
+    def _phone_log_probs(self, x: Tensor) -> Tensor:
+        """x (B, S, D) -> log-probabilities of phones and, first, the blank (B, S, P + 1), float32."""
+        assert self.phones is not None
+        return F.log_softmax(self.phones(x).float(), dim=-1)
+
     def forward(
         self,
         feats: Tensor,
@@ -89,6 +103,8 @@ class Recognizer(nn.Module):
         tokens: Tensor,
         token_lens: Tensor,
         *,
+        phones: Tensor | None = None,
+        phone_lens: Tensor | None = None,
         consistency: ConsistencyConfig | None = None,
     ) -> Losses:
         """The joint loss of a padded batch.
@@ -98,6 +114,8 @@ class Recognizer(nn.Module):
             feat_lens: (B,) int64, frames.
             tokens: (B, U) int64 without start or end of sentence; padding may be any value.
             token_lens: (B,) int64.
+            phones: (B, P) int64 from 1 on; what intermediate CTC predicts in training if it has a lexicon, else not looked at.
+            phone_lens: (B,) int64.
             consistency: the batch is two views of B/2 utterances, rows n and B/2 + n, whose outputs are to agree.
         """
         below: list[Tensor] | None = [] if self.training else None
@@ -106,7 +124,11 @@ class Recognizer(nn.Module):
         ctc = ctc_loss(log_probs, enc_lens, tokens, token_lens, blank_id=self.blank_id)
         regularised = ctc
         if below and self.config.intermediate_ctc is not None:
-            losses = [ctc_loss(lower, enc_lens, tokens, token_lens, blank_id=self.blank_id) for lower in below]
+            targets, target_lens = (tokens, token_lens)
+            if self.phones is not None:
+                assert phones is not None and phone_lens is not None
+                targets, target_lens = phones, phone_lens
+            losses = [ctc_loss(lower, enc_lens, targets, target_lens, blank_id=self.blank_id) for lower in below]
             regularised = torch.lerp(ctc, torch.stack(losses).mean(), self.config.intermediate_ctc.weight)
         if consistency is not None:
             regularised = regularised + consistency.weight * consistency_loss(log_probs, enc_lens)

@@ -74,7 +74,7 @@ def naming_the_batch(batch: Batch, *, save_to: Path, step: int) -> Iterator[None
     # Out of the except block: the traceback would keep the tensors of the step alive.
     device = batch.feats.device
     with contextlib.suppress(OSError), replacing(save_to, "wb") as stream:
-        names = ("feats", "feat_lens", "tokens", "token_lens")
+        names = ("feats", "feat_lens", "tokens", "token_lens", "phones", "phone_lens")
         torch.save({"ids": batch.ids, **{name: getattr(batch, name).cpu() for name in names}}, stream)
     named = ", ".join(batch.ids[:5]) + (f" and {len(batch.ids) - 5} more" if len(batch.ids) > 5 else "")
     raise TrainingError(

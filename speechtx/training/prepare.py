@@ -28,10 +28,11 @@ from speechtx.config.schema import FbankConfig, PerturbConfig, TrainConfig
 from speechtx.data.loader import Corpus, FeatureReader
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
 from speechtx.data.waveforms import WaveformCorpus, training_sources
-from speechtx.experiment.experiment import Experiment
+from speechtx.experiment.experiment import LEXICON, Experiment
 from speechtx.frontend.perturb_features import FeaturePerturbation, tempo_span
 from speechtx.model.losses import ctc_min_frames
 from speechtx.model.subsampling import min_frames, subsampled_length
+from speechtx.text.phones import Phones
 from speechtx.text.tokenizer import Tokenizer
 
 # What may change between two calls that continue the same experiment.
@@ -51,35 +52,42 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Selection:
-    """Utterances that can be trained on, their tokens, and those left out with the reason."""
+    """Utterances that can be trained on, their tokens and phones, and those left out with the reason."""
 
     utterances: list[Utterance]
     tokens: list[list[int]]
+    phones: list[list[int]]  # none without a lexicon
+    needed: list[int]  # the fewest encoder frames that CTC can emit them in
     left_out: list[tuple[str, str]]
 
 
-def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, config: TrainConfig) -> Selection:
+def select_utterances(
+    utterances: Sequence[Utterance], tokenizer: Tokenizer, config: TrainConfig, phones: Phones | None = None
+) -> Selection:
     """Leaves out what is too short or too long, has no text, or what CTC could not emit in its frames.
 
     Raises:
-        DataError: a label is outside the vocabulary.
+        DataError: a label is outside the vocabulary, or a word has no pronunciation though `phones` are given.
     """
-    kept: list[Utterance] = []
-    tokens: list[list[int]] = []
-    left_out: list[tuple[str, str]] = []
+    if phones is not None:
+        phones.require({utterance.id: utterance.text for utterance in utterances})
+    kept = Selection([], [], [], [], [])
     limits = config.training
     for utterance in utterances:
         ids = tokenizer.encode(utterance.text)
-        frames, needed = subsampled_length(utterance.num_frames, config.model.encoder.subsampling.factor), ctc_min_frames(ids)
+        sounds = phones.encode(utterance.text) if phones is not None else []
+        frames = subsampled_length(utterance.num_frames, config.model.encoder.subsampling.factor)
+        needed = max(ctc_min_frames(ids), ctc_min_frames(sounds))
         if not ids:
-            left_out.append((utterance.id, "empty transcript"))
+            kept.left_out.append((utterance.id, "empty transcript"))
         elif not limits.min_frames <= utterance.num_frames <= limits.max_frames:
-            left_out.append(
+            kept.left_out.append(
                 (utterance.id, f"{utterance.num_frames} frames, allowed are {limits.min_frames} to {limits.max_frames}")
             )
         elif frames < needed:
-            left_out.append(
-                (utterance.id, f"{frames} encoder frames, but CTC needs {needed} for {len(ids)} tokens and their repeats")
+            labels = f"{len(ids)} tokens" + (f" or {len(sounds)} phones" if sounds else "")
+            kept.left_out.append(
+                (utterance.id, f"{frames} encoder frames, but CTC needs {needed} for {labels} and their repeats")
             )
         elif not all(0 < token < tokenizer.sos_eos_id for token in ids):
             raise DataError(
@@ -87,9 +95,12 @@ def select_utterances(utterances: Sequence[Utterance], tokenizer: Tokenizer, con
                 f"{tokenizer.sos_eos_id - 1}; make the tokenizer again (stage bpe)"
             )
         else:
-            kept.append(utterance)
-            tokens.append(ids)
-    return Selection(kept, tokens, left_out)
+            kept.utterances.append(utterance)
+            kept.tokens.append(ids)
+            kept.needed.append(needed)
+            if phones is not None:
+                kept.phones.append(sounds)
+    return kept
 
 
 @contextlib.contextmanager
@@ -140,21 +151,31 @@ def lay_out_experiment(exp: Path, config: TrainConfig, fbank: FbankConfig, data:
         (exp / "tokenizer.new").rename(exp / "tokenizer")
     if Tokenizer.load(exp / "tokenizer").model_proto != tokenizer.model_proto:
         raise TrainingError(f"{exp}/tokenizer is not the tokenizer of {data.tokenizer}; give another --exp")
+    if (intermediate := config.model.intermediate_ctc) is not None and intermediate.lexicon is not None:
+        _take(Path(intermediate.lexicon), exp / LEXICON, missing="stage data makes a recipe's lexicon", changed="it changed")
     if config.features.cmvn == "global":
-        source = data.train / "global_cmvn.ark"
-        if not source.is_file():
-            raise TrainingError(f"{source}: missing; run stage fbank on the training set")
-        statistics = source.read_bytes()
-        stored = exp / "global_cmvn.ark"
-        if stored.is_file() and old.is_file() and stored.read_bytes() != statistics:
-            raise TrainingError(
-                f"{source} is not what {exp} was trained with: the training set's features changed; give another --exp, or "
-                "remove the directory to start again"
-            )
-        with replacing(stored, "wb") as stream:
-            stream.write(statistics)
+        missing, changed = "run stage fbank on the training set", "the training set's features changed"
+        _take(data.train / "global_cmvn.ark", exp / "global_cmvn.ark", missing=missing, changed=changed)
     write_text(exp / "fbank.yaml", dump_config(fbank))
     write_text(old, dump_config(config))
+
+
+def _take(source: Path, stored: Path, *, missing: str, changed: str) -> None:
+    """Copies a file that the model depends on into its experiment, once.
+
+    Raises:
+        TrainingError: there is none, or the experiment was begun with another.
+    """
+    if not source.is_file():
+        raise TrainingError(f"{source}: missing; {missing}")
+    content = source.read_bytes()
+    if stored.is_file() and (stored.parent / "config.yaml").is_file() and stored.read_bytes() != content:
+        raise TrainingError(
+            f"{source} is not what {stored.parent} was trained with: {changed}; give another --exp, or "
+            "remove the directory to start again"
+        )
+    with replacing(stored, "wb") as stream:
+        stream.write(content)
 
 
 def differing_keys(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -194,7 +215,8 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
             data_dir=directory,
         )
         manifest = load_manifest(directory)
-        selection = select_utterances(manifest, experiment.tokenizer, config)
+        phones = experiment.phones if name == "train" else None  # nothing is predicted inside the encoder but in training
+        selection = select_utterances(manifest, experiment.tokenizer, config, phones)
         report = exp / f"left_out_{name}.txt"
         write_text(report, "".join(f"{key} {why}\n" for key, why in selection.left_out))
         if not selection.utterances:
@@ -214,7 +236,14 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
             sources = training_sources(directory, selection.utterances)
             kind = functools.partial(WaveformCorpus, sources=sources, fbank=experiment.fbank)
         corpora.append(
-            kind(utterances=selection.utterances, tokens=selection.tokens, reader=reader, seed=config.seed, **augmentation)
+            kind(
+                utterances=selection.utterances,
+                tokens=selection.tokens,
+                phones=selection.phones,
+                reader=reader,
+                seed=config.seed,
+                **augmentation,
+            )
         )
     return corpora[0], corpora[1], notes
 
@@ -227,8 +256,8 @@ def _augmentation(config: TrainConfig, fbank: FbankConfig, selection: Selection)
         "specaugment": config.training.specaugment,
         "perturb": FeaturePerturbation(config=perturb, fbank=fbank) if perturb != PerturbConfig() else None,
         "spans": [
-            tempo_span(u.num_frames, perturb.tempo, shortest=min_frames(factor, ctc_min_frames(ids)), longest=limits.max_frames)
-            for u, ids in zip(selection.utterances, selection.tokens, strict=True)
+            tempo_span(u.num_frames, perturb.tempo, shortest=min_frames(factor, needed), longest=limits.max_frames)
+            for u, needed in zip(selection.utterances, selection.needed, strict=True)
         ],
         "views": 2 if config.training.consistency is not None else 1,
     }

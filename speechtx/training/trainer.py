@@ -266,7 +266,15 @@ class Trainer:
             autocast = torch.autocast(self.world.device.type, dtype=self.precision)
         with autocast:
             consistency = self.train_config.consistency if self.model.training else None
-            return self.model(batch.feats, batch.feat_lens, batch.tokens, batch.token_lens, consistency=consistency)
+            return self.model(
+                batch.feats,
+                batch.feat_lens,
+                batch.tokens,
+                batch.token_lens,
+                phones=batch.phones,
+                phone_lens=batch.phone_lens,
+                consistency=consistency,
+            )
 
     def groups(self, lengths: Sequence[int] | None = None) -> list[list[list[int]]]:
         """The epoch's batches, grouped into optimiser steps: accum_steps for each process, or for all if they share batches.
@@ -367,8 +375,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def hash_of(corpus: Corpus) -> str:
-    """Of what decides the batches and their targets: ids, lengths and tokens."""
-    rows = [(u.id, u.num_frames, list(ids)) for u, ids in zip(corpus.utterances, corpus.tokens, strict=True)]
+    """Of what decides the batches and their targets: ids, lengths, tokens and phones."""
+    rows: list[tuple] = [(u.id, u.num_frames, list(ids)) for u, ids in zip(corpus.utterances, corpus.tokens, strict=True)]
+    rows += [(list(phones),) for phones in corpus.phones]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

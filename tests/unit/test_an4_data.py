@@ -48,6 +48,23 @@ def table(path: Path) -> dict[str, str]:
     return dict(line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines())
 
 
+def test_the_lexicon_begins_with_the_letter_and_covers_every_set(data, prepare):
+    lines = (data / "local" / "dict" / "lexicon.txt").read_text().splitlines()
+    assert lines[:4] == ["A EY", "A AH", "AND AE N D", "AND AH N D"]
+    assert [word for word, *_ in map(str.split, lines)] == sorted(word for word, *_ in map(str.split, lines))
+    texts = [table(data / name / "text") for name in ("train_nodev", "train_dev", "test")]
+    assert {word for text in texts for line in text.values() for word in line.split()} <= {line.split()[0] for line in lines}
+    with pytest.raises(DataError, match=r"an4\.dic: missing"):
+        prepare.read_lexicon(data)
+
+
+def test_a_dictionary_line_without_phones_is_named(tmp_path, prepare):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "an4.dic").write_text("B  B IY\nC\n")
+    with pytest.raises(DataError, match=r"an4\.dic:2: C has no phones"):
+        prepare.read_lexicon(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "utterances", "words", "speakers"),
     [("train_nodev", 848, 4851, 66), ("train_dev", 100, 591, 8), ("test", 130, 773, 10)],

@@ -79,6 +79,20 @@ def test_a_file_that_appears_or_goes_is_a_change(folder: Path, capsys: pytest.Ca
     assert begin(capsys, "--in", "text", "--in", "segments") == "changed segments"
 
 
+def test_a_file_that_the_configuration_names_counts_by_its_content(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("d.yaml").write_text("model:\n  intermediate_ctc:\n    lexicon: text\n")
+    read = ["--config", "d.yaml:model", "--names", "model.intermediate_ctc.lexicon"]
+    begin(capsys, *read)
+    end()
+    assert begin(capsys, *read).startswith("skip")
+    Path("text").write_text("a BYE\n")
+    assert begin(capsys, *read) == "changed text"
+    end()
+    assert begin(capsys, "--config", "c.yaml:seed", "--names", "model.intermediate_ctc.lexicon").startswith("changed")
+    end()
+    assert begin(capsys, "--config", "c.yaml:seed", "--names", "model.intermediate_ctc.lexicon").startswith("skip")
+
+
 def test_an_input_that_is_new_to_the_stage_is_a_change(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(capsys, "--in", "text", "--value", "seed=1")
     end()

@@ -1,4 +1,4 @@
-"""AN4, CMU's census database: Kaldi data directories with ESPnet's split.
+"""AN4, CMU's census database: Kaldi data directories with ESPnet's split, and the corpus' own lexicon.
 
 The corpus: about 50 minutes of American English read over a close-talking microphone at Carnegie Mellon University around 1991:
 people spell their names and addresses, say dates, telephone numbers and short commands (Alejandro Acero, "Acoustical and
@@ -11,6 +11,7 @@ Layout of the archive:
 
     an4/etc/an4_train.fileids         an4_clstk/fash/an251-fash-b         directory/speaker/file, no extension
     an4/etc/an4_train.transcription   <s> YES </s> (an251-fash-b)         upper case; the test file has no <s> </s>
+    an4/etc/an4.dic                   AND(2)   AH N D                     pronunciations in phones, variants are numbered
     an4/wav/an4_clstk/<speaker>/*.sph, an4/wav/an4test_clstk/<speaker>/*.sph     NIST SPHERE, 1024 byte header, PCM
 
 The split is ESPnet's, so that results compare: utterance ids are `<speaker>-<prompt>-b`, sorted in C order; the first 100
@@ -32,6 +33,7 @@ from speechtx.config.errors import AudioError, DataError, SpeechtxError
 
 NUM_TRAIN, NUM_DEV, NUM_TEST = 948, 100, 130
 DEV_WORDS, TEST_WORDS = 591, 773
+FIRST_VARIANT = {"A": "A(2)"}  # the letter; the dictionary begins with the article, which nobody says in AN4
 _TRANSCRIPT = re.compile(r"(?P<words>.*)\((?P<file>[^()\s]+)\)")
 
 
@@ -153,13 +155,42 @@ def write_data_dir(path: Path, utterances: Sequence[Utterance]) -> None:
     }
     path.mkdir(parents=True, exist_ok=True)
     for name, lines in tables.items():
-        content = "".join(f"{line}\n" for line in lines)
-        target = path / name
-        if target.is_file() and target.read_text(encoding="utf-8") == content:
-            continue
-        scratch = path / f".{name}.tmp"
-        scratch.write_text(content, encoding="utf-8")
-        scratch.replace(target)
+        _write(path / name, "".join(f"{line}\n" for line in lines))
+
+
+def _write(target: Path, content: str) -> None:
+    """A file with the same content keeps its time."""
+    if target.is_file() and target.read_text(encoding="utf-8") == content:
+        return
+    scratch = target.with_name(f".{target.name}.tmp")
+    scratch.write_text(content, encoding="utf-8")
+    scratch.replace(target)
+
+
+def read_lexicon(corpus: Path) -> dict[str, list[list[str]]]:
+    """The pronunciations of each word, the one to use first.
+
+    Raises:
+        DataError: the dictionary is missing, or a line is not a word and its phones.
+    """
+    dictionary = corpus / "etc" / "an4.dic"
+    entries: dict[str, list[str]] = {}
+    for number, line in enumerate(_lines(dictionary), start=1):
+        entry, *phones = line.split()
+        if not phones:
+            raise DataError(f"{dictionary}:{number}: {entry} has no phones")
+        entries[entry] = phones
+    lexicon: dict[str, list[list[str]]] = {}
+    for entry in sorted(entries, key=lambda entry: entry not in FIRST_VARIANT.values()):  # else as in the dictionary
+        lexicon.setdefault(entry.partition("(")[0], []).append(entries[entry])
+    return lexicon
+
+
+def write_lexicon(path: Path, lexicon: dict[str, list[list[str]]]) -> None:
+    """Writes Kaldi's lexicon.txt, whole or not at all."""
+    lines = (f"{word} {' '.join(phones)}\n" for word in sorted(lexicon) for phones in lexicon[word])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, "".join(lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             speakers = len({utterance.speaker for utterance in utterances})
             words = count_words(utterances)
             print(f"{args.data / name}: {len(utterances)} utterances, {words} words, {speakers} speakers")
+        write_lexicon(args.data / "local" / "dict" / "lexicon.txt", read_lexicon(args.corpus))
     except SpeechtxError as error:
         print(f"local/prepare.py: error: {error}", file=sys.stderr)
         return 1
