@@ -10,12 +10,13 @@
 #   end_recipe                            # shows the scores and where they lie
 #
 # `begin_stage 3:ngram` is a step of stage 3 with a stamp of its own: it makes the language model that the section `ngram` of
-# $lm_config describes, and is not there without it. Others are `3:lexicon` and `4:transformer`. `6:tune` chooses decoding weights on the
-# development set: conf/decode_NAME.yaml is tuned on the grid conf/tune_NAME.yaml, if there is one (conf/decode.yaml on conf/tune.yaml).
+# $lm_config describes, and is not there without it. Others are `3:lexicon` and `4:transformer`. `4:align` trains a first model and cuts
+# the training set into words, where $train_config has a section training.join. `6:tune` chooses decoding weights on the development
+# set: conf/decode_NAME.yaml is tuned on the grid conf/tune_NAME.yaml, if there is one (conf/decode.yaml on conf/tune.yaml).
 #
 # Stages 6 and 7 run once for each decoding configuration: run.sh loops over $decodings, and $decoding is the one at hand.
 #
-# start_recipe sets: exp, lm (where language models are made), tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
+# start_recipe sets: exp, lm (where language models are made), align (where the first model is), tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
 # arguments), check_options, decodings, decode_nj, lm_options (of steps/decode.sh and tune.sh). Further arguments of begin_stage go to `speechtx stamp begin` (more inputs: --in FILE,
 # --value NAME=VALUE). It sets stage_state to first, changed, extended, interrupted or missing, and
 # stage_changed to whether it is `changed`: what an earlier run made is then of no use. A training that could not start because of an
@@ -70,6 +71,7 @@ start_recipe() {
   exp=${exp%/}
   tokenizer=data/tokenizer/$(basename "$exp")
   lm=exp/lm/$(basename "$exp")
+  align=exp/align # of all experiments: words are where they are, whatever is trained on them
   [[ -f $lm_config || $lm_config == conf/lm.yaml ]] || recipe_error "--lm-config $lm_config: no such file"
   corpus_sets=("$train_set" "$dev_set" "${test_sets[@]}")
   [[ -z $speeds ]] || train_set+=_sp
@@ -90,6 +92,7 @@ start_recipe() {
   for override in "${set[@]}"; do overrides+=(--set "$override"); done
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --exp "$exp"
     --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu" --speeds "$speeds")
+  ! joins_words || check_options+=(--align-config conf/align.yaml)
   [[ ! -f $lm_config ]] || check_options+=(--lm-config "$lm_config")
   for decoding in "${decodings[@]}"; do
     [[ -f $decoding ]] || recipe_error "$decoding: no such decoding configuration"
@@ -105,6 +108,9 @@ start_recipe() {
 
 # Whether $lm_config asks for that language model.
 has_section() { [[ $'\n'$lm_sections$'\n' == *$'\n'$1$'\n'* ]]; }
+
+# Whether the model at hand is trained on words joined anew, which a first model has to find.
+joins_words() { grep -qsE '^  join:' "$train_config" && [[ -f conf/align.yaml ]]; }
 
 # Prints the directory of one set's hypotheses with the decoding configuration at hand.
 decode_dir() { echo "$exp/decode_$1_$(basename "$decoding" .yaml)"; }
@@ -133,6 +139,14 @@ list_search_inputs() {
   ! grep -qsE "^ngram_weight:($above_zero)" "$@" || stage_inputs+=(--after "$lm/.stamps/$ngram_name.json")
 }
 
+# Adds what a training reads of the data directories to stage_inputs.
+list_training_data() {
+  local name file
+  for name in "$train_set" "$dev_set"; do # the statistics change whenever any feature does
+    for file in text feats.scp utt2num_frames fbank.yaml global_cmvn.ark; do stage_inputs+=(--in "data/$name/$file"); done
+  done
+}
+
 # Fills stage_inputs with what the stage or step $1 depends on, in the words of `speechtx stamp`.
 list_inputs() {
   local name file texts
@@ -154,12 +168,14 @@ list_inputs() {
     bpe)
       stage_inputs+=(--in "data/$train_set/text" --config "$train_config:tokenizer" "${overrides[@]}" --out "$tokenizer/tokens.txt")
       ;;
+    align)
+      list_training_data
+      stage_inputs+=(--config conf/align.yaml --names model.intermediate_ctc.lexicon --out "$align/words/segments")
+      ;;
     train)
-      for name in "$train_set" "$dev_set"; do # the statistics change whenever any feature does
-        for file in text feats.scp utt2num_frames fbank.yaml global_cmvn.ark; do stage_inputs+=(--in "data/$name/$file"); done
-      done
+      list_training_data
       stage_inputs+=(--in "$tokenizer/tokens.txt" --config "$train_config:features,model,training" "${overrides[@]}" --value "seed=$seed")
-      stage_inputs+=(--names model.intermediate_ctc.lexicon)
+      stage_inputs+=(--names model.intermediate_ctc.lexicon --names training.join.words)
       for name in epochs average checkpoint_minutes loader_workers max_nonfinite_steps; do
         stage_inputs+=(--soft "training.$name") # `speechtx train` continues an experiment in which only these changed
       done
@@ -202,7 +218,11 @@ begin_stage() {
   name=${stage_names[number]}
   if [[ $1 == *:* ]]; then
     name=${1#*:}
-    if [[ $name == tune ]]; then [[ -f $(tune_grid) ]]; else has_section "$name"; fi || return 1
+    case $name in
+      tune) [[ -f $(tune_grid) ]] ;;
+      align) joins_words ;;
+      *) has_section "$name" ;;
+    esac || return 1
   fi
   shift 2
   ((first_stage <= number && number <= last_stage)) || return 1
@@ -213,6 +233,7 @@ begin_stage() {
   stage_running="$number $name"
   case $name in
     data) stage_stamp=data/.stamps/data.json ;;
+    align) stage_stamp=$align/.stamps/align.json ;;
     ngram | lexicon | transformer) stage_stamp=$lm/.stamps/$name.json ;;
     fbank) stage_stamp=data/.stamps/fbank${speeds:+_sp}.json ;; # copies at any speeds lie in the same directory
     *) stage_stamp=$exp/.stamps/${name}$([[ $name =~ tune|decode|score ]] && echo "_$(basename "$decoding" .yaml)").json ;;
@@ -222,6 +243,7 @@ begin_stage() {
   answer=$(speechtx stamp begin --stamp "$stage_stamp" "${stage_inputs[@]}" "$@") || exit
   stage_state=${answer%% *} stage_changed=false stage_made=''
   case $name in
+    align) stage_made=$align ;;
     train) stage_made=$exp ;;
     transformer) stage_made=$lm/transformer ;;
   esac

@@ -74,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("FILE", "GRID"),
         help="conf/decode.yaml and the conf/tune.yaml on whose grid it will be tuned",
     )
+    parser.add_argument(
+        "--align-config", type=Path, metavar="FILE", help="conf/align.yaml, of the model that finds words to join"
+    )
     parser.add_argument("--lm-config", type=Path, metavar="FILE", help="conf/lm.yaml")
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where data directories are made (default: data)"
@@ -144,6 +147,12 @@ def load_all(args: argparse.Namespace) -> tuple[Configs, list[Finding]]:
         note(args.config, None)
     except SpeechtxError as err:
         note(args.config, err)
+    if args.align_config:
+        try:
+            load_config(args.align_config, TrainConfig)
+            note(args.align_config, None)
+        except SpeechtxError as err:
+            note(args.align_config, err)
     try:
         fbank = load_config(args.fbank_config, FbankConfig)
         note(args.fbank_config, None)

@@ -26,7 +26,13 @@ VERBS: tuple[tuple[str, dict[str, str]], ...] = (
         {"fbank": "compute filterbank features", "cmvn": "mean and variance statistics, global and per speaker"},
     ),
     ("stage 3, tokens", {"tokenizer": "train the sentencepiece model"}),
-    ("stage 4, training", {"train": "train a model, or continue where it was stopped"}),
+    (
+        "stage 4, training",
+        {
+            "train": "train a model, or continue where it was stopped",
+            "align": "find where words are said, and which can be cut out",
+        },
+    ),
     ("stages 3 and 4, language models", {"lm": "n-gram, whole words, Transformer: ngram, lexicon, train, perplexity"}),
     ("stage 5, averaging", {"average": "average the best epochs' weights into model.pt"}),
     (

@@ -300,6 +300,14 @@ class PerturbConfig(Section):
     noise: NoiseConfig | None = None
 
 
+class JoinConfig(Section):
+    """Utterances joined anew in every epoch from words of a speaker's recordings (Lam et al., Interspeech 2021)."""
+
+    words: str  # directory that `speechtx align` made of the training set
+    ratio: PositiveFloat = 1.0  # joined utterances for each recorded one, beside which they stand
+    max_words: Positive = 12  # of a joined utterance
+
+
 class ConsistencyConfig(Section):
     """CR-CTC (Yao et al., ICLR 2025): each utterance is trained on in two SpecAugment views whose CTC outputs are to agree.
 
@@ -326,6 +334,7 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     specaugment: SpecAugmentConfig | None = SpecAugmentConfig()
     perturb: PerturbConfig = PerturbConfig()
+    join: JoinConfig | None = None
     consistency: ConsistencyConfig | None = None
     ema: EmaConfig | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it, else float32
@@ -345,6 +354,8 @@ class TrainingConfig(Section):
             raise ValueError(f"max_frames {self.max_frames} is below min_frames {self.min_frames}")
         if self.frames_per_batch < self.max_frames:
             raise ValueError(f"frames_per_batch {self.frames_per_batch} cannot hold an utterance of max_frames {self.max_frames}")
+        if self.waveforms and self.join is not None:
+            raise ValueError("join cuts and joins stored features; set waveforms: false, or leave out join")
         if self.waveforms and self.perturb != PerturbConfig():
             raise ValueError(
                 "perturb changes features in the loader, which with waveforms: true has none; set waveforms: false, or leave out "

@@ -162,6 +162,20 @@ class Corpus(Dataset[Batch | DataError]):
     def __len__(self) -> int:
         return len(self.utterances)
 
+    @property
+    def num_recorded(self) -> int:
+        """How many utterances, the first ones, were said as they are."""
+        return len(self.utterances)
+
+    def rows(self) -> list[tuple]:
+        """What tells this corpus from others, the same in every epoch: ids, lengths, tokens and, where there are some, phones."""
+        rows: list[tuple] = [(u.id, u.num_frames, list(ids)) for u, ids in zip(self.utterances, self.tokens, strict=True)]
+        return rows + [(list(phones),) for phones in self.phones]
+
+    def read(self, index: int) -> np.ndarray:
+        """The features of an utterance (T, F), as they are stored."""
+        return self.reader.read(self.utterances[index])
+
     def length(self, index: int) -> int:
         """Frames that an utterance has in this epoch: those of the data, or at the tempo that is drawn for it."""
         fewest, most = self.spans[index]
@@ -216,15 +230,15 @@ class Corpus(Dataset[Batch | DataError]):
 
     def _normalised(self, index: int) -> list[np.ndarray]:
         utterance = self.utterances[index]
-        feats = self.reader.read(utterance)
+        feats = self.read(index)
         if self.perturb is None:
             return [self.reader.normalise(utterance, feats)] * self.views
         feats = at_length(feats, self.length(index))
         views = []
         for number in range(self.views):
             rng = self._generator(index, PERTURBATION + number)
-            other = self.utterances[int(rng.integers(len(self.utterances)))]
-            views.append(self.reader.normalise(utterance, self.perturb(feats, rng, partial(self.reader.read, other))))
+            other = int(rng.integers(self.num_recorded))
+            views.append(self.reader.normalise(utterance, self.perturb(feats, rng, partial(self.read, other))))
         return views
 
     def _generator(self, *where: int) -> np.random.Generator:

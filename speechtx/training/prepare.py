@@ -24,7 +24,8 @@ import speechtx
 from speechtx.config.atomic import replacing, write_text
 from speechtx.config.errors import DataError, TrainingError
 from speechtx.config.load import dump_config, load_config
-from speechtx.config.schema import FbankConfig, PerturbConfig, TrainConfig
+from speechtx.config.schema import FbankConfig, JoinConfig, PerturbConfig, TrainConfig
+from speechtx.data.joined import JoinedCorpus, read_pieces
 from speechtx.data.loader import Corpus, FeatureReader
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
 from speechtx.data.waveforms import WaveformCorpus, training_sources
@@ -57,7 +58,6 @@ class Selection:
     utterances: list[Utterance]
     tokens: list[list[int]]
     phones: list[list[int]]  # none without a lexicon
-    needed: list[int]  # the fewest encoder frames that CTC can emit them in
     left_out: list[tuple[str, str]]
 
 
@@ -71,7 +71,7 @@ def select_utterances(
     """
     if phones is not None:
         phones.require({utterance.id: utterance.text for utterance in utterances})
-    kept = Selection([], [], [], [], [])
+    kept = Selection([], [], [], [])
     limits = config.training
     for utterance in utterances:
         ids = tokenizer.encode(utterance.text)
@@ -97,7 +97,6 @@ def select_utterances(
         else:
             kept.utterances.append(utterance)
             kept.tokens.append(ids)
-            kept.needed.append(needed)
             if phones is not None:
                 kept.phones.append(sounds)
     return kept
@@ -232,6 +231,9 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
         notes.append(line)
         augmentation = _augmentation(config, experiment.fbank, selection) if name == "train" else {}
         kind: Callable[..., Corpus] = Corpus
+        if name == "train" and config.training.join is not None:
+            kind, note = _joined(config, config.training.join, experiment, selection)
+            notes.append(note)
         if name == "train" and config.training.waveforms:
             sources = training_sources(directory, selection.utterances)
             kind = functools.partial(WaveformCorpus, sources=sources, fbank=experiment.fbank)
@@ -250,17 +252,50 @@ def build_corpora(exp: Path, data: TrainingData, config: TrainConfig) -> tuple[C
 
 def _augmentation(config: TrainConfig, fbank: FbankConfig, selection: Selection) -> dict[str, Any]:
     """What the training corpus does to its features and the dev corpus does not."""
-    limits, perturb = config.training, config.training.perturb
-    factor = config.model.encoder.subsampling.factor
+    perturb = config.training.perturb
+    phones = selection.phones or [[]] * len(selection.tokens)
     return {
         "specaugment": config.training.specaugment,
         "perturb": FeaturePerturbation(config=perturb, fbank=fbank) if perturb != PerturbConfig() else None,
         "spans": [
-            tempo_span(u.num_frames, perturb.tempo, shortest=min_frames(factor, needed), longest=limits.max_frames)
-            for u, needed in zip(selection.utterances, selection.needed, strict=True)
+            _span(config, u.num_frames, tokens, sounds)
+            for u, tokens, sounds in zip(selection.utterances, selection.tokens, phones, strict=True)
         ],
         "views": 2 if config.training.consistency is not None else 1,
     }
+
+
+def _joined(
+    config: TrainConfig, join: JoinConfig, experiment: Experiment, selection: Selection
+) -> tuple[Callable[..., Corpus], str]:
+    """Makes a training corpus with joined utterances; and what a person should know about it."""
+    pieces = read_pieces(join.words, selection.utterances, experiment.fbank.frame_shift_ms)
+    factor, phones = config.model.encoder.subsampling.factor, experiment.phones
+    # One frame more than each piece needs: for the blank between equal tokens where two meet.
+    fit = [p for p in pieces if p.end - p.start >= min_frames(factor, 1 + _needed(p.text, experiment.tokenizer, phones))]
+    kind = functools.partial(
+        JoinedCorpus,
+        pieces=fit,
+        join=join,
+        encode=experiment.tokenizer.encode,
+        encode_phones=None if phones is None else phones.encode,
+        span=functools.partial(_span, config),
+        max_frames=config.training.max_frames,
+    )
+    number = round(join.ratio * len(selection.utterances))
+    return kind, f"train: {number} utterances more in each epoch, joined from {len(fit)} runs of words of {join.words}"
+
+
+def _needed(text: str, tokenizer: Tokenizer, phones: Phones | None) -> int:
+    """Encoder frames that CTC needs for a text."""
+    return max(ctc_min_frames(tokenizer.encode(text)), ctc_min_frames(phones.encode(text)) if phones is not None else 0)
+
+
+def _span(config: TrainConfig, num_frames: int, tokens: Sequence[int], phones: Sequence[int]) -> tuple[int, int]:
+    """The fewest and the most frames of an utterance at another tempo."""
+    needed = max(ctc_min_frames(tokens), ctc_min_frames(phones))
+    shortest = min_frames(config.model.encoder.subsampling.factor, needed)
+    return tempo_span(num_frames, config.training.perturb.tempo, shortest=shortest, longest=config.training.max_frames)
 
 
 def check_features_agree(data: TrainingData) -> FbankConfig:

@@ -57,6 +57,10 @@ make_recipe() {
     mkdir -p "${!#}"
     cat conf/train.yaml >"${!#}/config.yaml"
     [[ ! -e $T/kill_train ]] || { echo killed >&2; exit 9; }'
+  program "$T/utils/steps/align.sh" '
+    echo "align $*" >>"$T/calls"
+    mkdir -p "${!#}/words"
+    cat data/train/text >"${!#}/words/segments"'
   program "$T/utils/steps/lm.sh" '
     echo "lm $*" >>"$T/calls"
     mkdir -p "${!#}"
@@ -298,6 +302,29 @@ calls() {
   echo 'ngram_weight: 0.3' >>conf/decode.yaml
   ./run.sh
   grep -q -- '--ngram exp/lm/train/lexicon' "$T/decode_arguments"
+}
+
+@test "a configuration that joins words gets a first model to find them, once for all seeds" {
+  finished
+  printf '  join:\n    words: exp/align/words\n' >>conf/train.yaml # its last section is training
+  run ./run.sh
+  [[ $output != *'stage 4 align'* ]] # nobody says what the first model is like
+  rm "$T/calls"
+  cp conf/train.yaml conf/align.yaml
+  run ./run.sh
+  [ "$status" -eq 0 ]
+  [[ $output == *'stage 4 align: words of train, by a first model in exp/align'* ]]
+  [[ $output == *'stage 4 train: training in exp/train; changed: exp/align/words'* ]]
+  grep -q -- '--restart=false data/train data/dev exp/align' "$T/calls"
+  grep -q -- '--align-config conf/align.yaml' "$T/calls"
+  rm "$T/calls"
+  run ./run.sh --seed 2
+  [[ $output == *'stage 4 align: up to date'*'stage 4 train: training in exp/train_seed2'* ]]
+  rm "$T/calls"
+  echo '  epochs: 3' >>conf/align.yaml
+  run ./run.sh --stop-stage train
+  [[ $output == *'stage 4 align: '*'changed: training.epochs in conf/align.yaml'* ]]
+  grep -q -- '--restart=true data/train data/dev exp/align' "$T/calls"
 }
 
 @test "a language model is made anew when it must be, continued when it can be, and made again when its text changes" {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_corpus import BINS, LETTERS, make_training_data, tiny_config
+from toy_corpus import BINS, LETTERS, make_training_data, tiny_config, write_lexicon
 
 from speechtx.config.errors import DataError, TrainingError
 from speechtx.data.manifest import load_manifest
@@ -87,7 +87,7 @@ def test_an_utterance_too_short_for_its_phones_is_left_out(tmp_path: Path) -> No
 
 def test_an_experiment_keeps_its_lexicon_and_refuses_another(tmp_path: Path) -> None:
     data = make_training_data(tmp_path)
-    path = write(tmp_path / "lexicon.txt", "".join(f"{letter} P{i % 2} Q\n" for i, letter in enumerate(LETTERS)))
+    path = write_lexicon(tmp_path / "lexicon.txt")
     sets = ["model.encoder.layers=2", "model.intermediate_ctc.layers=[1]", f"model.intermediate_ctc.lexicon={path}"]
     config = tiny_config(*sets, "training.epochs=1")
     train(config, data, tmp_path / "exp")
@@ -97,7 +97,7 @@ def test_an_experiment_keeps_its_lexicon_and_refuses_another(tmp_path: Path) -> 
     with pytest.raises(TrainingError, match=r"lexicon\.txt is not what .*exp was trained with: it changed; give another --exp"):
         train(config, data, tmp_path / "exp")
     path.unlink()
-    assert kept.new_model().phones.out_features == 4  # P0, P1, Q and the blank: without the file it was made from
+    assert kept.new_model().phones.out_features == 8  # P0, P1, Q0 to Q4 and the blank: without the file it was made from
     with pytest.raises(TrainingError, match=r"lexicon\.txt: missing; stage data makes a recipe's lexicon"):
         train(config, data, tmp_path / "other")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_corpus import REGULARISERS, make_training_data, tiny_config
+from toy_corpus import REGULARISERS, WORDS_AND_PHONES, make_training_data, tiny_config, write_lexicon, write_words
 
 from speechtx.config.errors import DataError, ExperimentError, SpeechtxError, TrainingError
 from speechtx.config.schema import AverageConfig, OptimizerConfig, ScheduleConfig
@@ -87,12 +87,15 @@ def test_a_tiny_model_learns_and_the_experiment_can_be_opened_again(data: Traini
 
 @pytest.mark.parametrize(
     ("steps", "overrides"),
-    [(1, []), (4, []), (7, []), (4, REGULARISERS), (4, ["model.decoder.type=mask_ctc"])],
-    ids=["1", "4", "7", "4-with-every-regulariser", "4-mask-ctc"],
+    [(1, []), (4, []), (7, []), (4, REGULARISERS), (6, WORDS_AND_PHONES), (4, ["model.decoder.type=mask_ctc"])],
+    ids=["1", "4", "7", "4-with-every-regulariser", "6-with-joined-words-and-phones", "4-mask-ctc"],
 )
 def test_killed_and_continued_training_ends_with_the_same_bits(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, overrides: list[str]
 ) -> None:
+    if overrides is WORDS_AND_PHONES:
+        words, lexicon = write_words(data.train, tmp_path / "words"), write_lexicon(tmp_path / "lexicon.txt")
+        overrides = [*overrides, f"training.join.words={words}", f"model.intermediate_ctc.lexicon={lexicon}"]
     config = tiny_config(
         "training.checkpoint_minutes=1e-9", "training.accum_steps=2", "training.frames_per_batch=400", *overrides
     )

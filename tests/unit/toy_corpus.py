@@ -9,6 +9,7 @@ import numpy as np
 from speechtx.config.load import dump_config, parse_config
 from speechtx.config.schema import FbankConfig, TokenizerConfig, TrainConfig
 from speechtx.data.ark import ArkWriter
+from speechtx.data.manifest import load_manifest
 from speechtx.frontend.cmvn import CmvnStats
 from speechtx.text.tokenizer import train_tokenizer
 from speechtx.training.prepare import TrainingData
@@ -49,6 +50,10 @@ REGULARISERS = [
 ]
 
 
+# And those that read files, to be made by `write_lexicon` and `write_words`.
+WORDS_AND_PHONES = ["model.encoder.layers=2", "model.intermediate_ctc.layers=[1]", "training.perturb.tempo=0.2"]
+
+
 def tiny_config(*overrides: str) -> TrainConfig:
     return parse_config(TINY, TrainConfig, overrides)
 
@@ -83,6 +88,29 @@ def write_data_dir(path: Path, *, num: int, seed: int) -> None:
     with ArkWriter(ark=path / "global_cmvn.ark", scp=path / "global_cmvn.scp") as writer:
         writer.write("global", total.to_matrix())
     (path / "fbank.yaml").write_text(dump_config(FbankConfig(num_mel_bins=BINS)))
+
+
+def write_words(data_dir: Path, words: Path) -> Path:
+    """What `speechtx align` writes, with every word cut where the toy corpus may have put it: equal shares are near enough."""
+    words.mkdir()
+    tables: dict[str, list[str]] = {"segments": [], "text": [], "utt2spk": []}
+    for utterance in load_manifest(data_dir):
+        letters = utterance.text.split()
+        cuts = [round(utterance.num_frames * i / len(letters)) / 100 for i in range(len(letters) + 1)]
+        for i, letter in enumerate(letters):
+            key = f"{utterance.id}-{i:03d}-{i + 1:03d}"
+            tables["segments"].append(f"{key} {utterance.id} {cuts[i]:.3f} {cuts[i + 1]:.3f}")
+            tables["text"].append(f"{key} {letter}")
+            tables["utt2spk"].append(f"{key} {utterance.speaker}")
+    for name, lines in tables.items():
+        (words / name).write_text("".join(line + "\n" for line in sorted(lines)))
+    return words
+
+
+def write_lexicon(path: Path) -> Path:
+    """Two phones a letter, one of which it shares with others."""
+    path.write_text("".join(f"{letter} P{i % 2} Q{i}\n" for i, letter in enumerate(LETTERS)))
+    return path
 
 
 def make_training_data(root: Path, *, num_train: int = 24, num_dev: int = 6) -> TrainingData:

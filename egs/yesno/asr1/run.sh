@@ -69,6 +69,11 @@ if begin_stage 3:lexicon "word n-gram and lexicon in $lm/lexicon"; then
   end_stage
 fi
 
+if begin_stage 4:align "words of $train_set, by a first model in $align"; then
+  utils/steps/align.sh --ngpu "$ngpu" --procs "$procs" --restart="$stage_changed" "data/$train_set" "data/$dev_set" "$align"
+  end_stage
+fi
+
 if begin_stage 4 "training in $exp"; then
   if [[ $stage_state == changed ]]; then restart=true; fi # other data or another model: not to be continued
   utils/steps/train.sh --config "$train_config" "${overrides[@]}" --seed "$seed" --ngpu "$ngpu" --procs "$procs" --restart=$restart \
