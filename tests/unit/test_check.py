@@ -195,6 +195,7 @@ def test_the_recipes_configurations_pass(repo: Path) -> None:
         arguments = argparse.Namespace(
             config=recipe / "conf/train.yaml",
             overrides=[],
+            align_config=next(recipe.glob("conf/align.yaml"), None),
             fbank_config=recipe / "conf/fbank.yaml",
             decode_config=sorted(recipe.glob("conf/decode*.yaml")),
             tune=[(grid.with_name(grid.name.replace("tune", "decode")), grid) for grid in recipe.glob("conf/tune*.yaml")],
@@ -208,6 +209,24 @@ def test_the_recipes_configurations_pass(repo: Path) -> None:
         lm_config = recipe / "conf/lm.yaml"
         assert list(check.check_weights(configs.searches, lm_config if lm_config.is_file() else None)) == []
         assert check.check_model(configs.train, configs.fbank)[0] > 0
+
+
+def test_a_lexicon_is_counted_where_it_is_and_awaited_where_it_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phones = ("--set", "model.intermediate_ctc.layers=[1]", "--set", "model.intermediate_ctc.lexicon=lexicon.txt")
+    status, out = run(capsys, *phones)
+    assert status == 0 and "lexicon.txt: not there yet; stage data is to make it" in out
+    Path("lexicon.txt").write_text("HELLO HH AH L OW\n")
+    status, out = run(capsys, *phones)
+    assert status == 0 and "lexicon.txt: 4 phones" in out
+    Path("lexicon.txt").write_text("HELLO\n")
+    status, out = run(capsys, *phones)
+    assert status == 1 and "lexicon.txt:1: HELLO has no phones" in out
+
+
+def test_the_first_model_is_looked_at_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("align.yaml").write_text("model: {encoder: {layer: 3}}\n")
+    status, out = run(capsys, "--align-config", "align.yaml")
+    assert status == 1 and "align.yaml" in out and "did you mean 'layers'?" in out
 
 
 def test_language_models_are_looked_at_if_there_are_any(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
