@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from speechtx.config.atomic import replacing
-from speechtx.config.errors import DataError
+from speechtx.config.errors import DataError, ExperimentError
 from speechtx.data.batching import make_batches
 from speechtx.data.loader import FeatureReader, collate
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config, require_same_features
@@ -58,7 +58,7 @@ class Counts:
     def __str__(self) -> str:
         runs = ", ".join(f"{self.recognised[n]} of {self.tried[n]} with {n}" for n in sorted(self.tried))
         failed = self.not_aligned
-        left_out = f"; {len(failed)} too short for their transcripts, the first {failed[0]}" if failed else ""
+        left_out = f"; {len(failed)} without words or too short for them, the first {failed[0]}" if failed else ""
         return f"{self.aligned} utterances aligned{left_out}; runs recognised alone, by words: {runs}"
 
 
@@ -121,23 +121,28 @@ class Aligner:
     model: Recognizer
     exp: Experiment
     reader: FeatureReader
+    device: str = "cpu"
+
+    @property
+    def factor(self) -> int:
+        """Feature frames an encoder frame."""
+        return self.exp.config.model.encoder.subsampling.factor
 
     def align(self, utterances: Sequence[Utterance], counts: Counts) -> Iterator[Alignment]:
         """Aligns a batch; those that cannot be aligned are counted, and left out."""
         read = [self.reader.read(utterance) for utterance in utterances]
         feats = [self.reader.normalise(u, matrix) for u, matrix in zip(utterances, read, strict=True)]
         batch = self._log_probs(feats)
-        factor = self.exp.config.model.encoder.subsampling.factor
         for utterance, raw, own, log_probs in zip(utterances, read, feats, batch, strict=True):
             words = split_words(utterance.text)
             tokens = [self.exp.tokenizer.encode(word) for word in words]
             spans = best_alignment(log_probs.numpy(), [token for word in tokens for token in word])
-            if not words or spans is None:
+            if spans is None:
                 counts.not_aligned.append(utterance.id)
                 continue
             ends = np.cumsum([len(word) for word in tokens])
             of_words = [(spans[end - len(word)][0], spans[end - 1][1]) for end, word in zip(ends, tokens, strict=True)]
-            cuts = word_cuts(of_words, raw.mean(axis=1), factor)
+            cuts = word_cuts(of_words, raw.mean(axis=1), self.factor)
             counts.aligned += 1
             yield Alignment(utterance, words, cuts, self._runs(own, tokens, cuts, counts))
 
@@ -145,12 +150,11 @@ class Aligner:
         """Runs of words that are recognised by themselves."""
         found: list[tuple[int, int]] = []
         saved: set[int] = set()  # words of shorter runs
-        factor = self.exp.config.model.encoder.subsampling.factor
         for size in range(1, LONGEST_RUN + 1):
             wanted = {}
             for start in range(len(tokens) - size + 1):
                 labels = tuple(token for word in tokens[start : start + size] for token in word)
-                enough = cuts[start + size] - cuts[start] >= min_frames(factor, ctc_min_frames(labels))
+                enough = cuts[start + size] - cuts[start] >= min_frames(self.factor, ctc_min_frames(labels))
                 if enough and saved.isdisjoint(range(start, start + size)):
                     wanted[start, start + size] = labels
             if not wanted:
@@ -171,35 +175,39 @@ class Aligner:
         """CTC's log-probabilities (S, V) of each utterance."""
         batch = collate([""] * len(feats), feats, [[]] * len(feats))
         with torch.inference_mode():
-            enc_out, enc_lens = self.model.encode(batch.feats, batch.feat_lens)
-            log_probs = self.model.ctc_log_probs(enc_out)
+            enc_out, enc_lens = self.model.encode(batch.feats.to(self.device), batch.feat_lens.to(self.device))
+            log_probs = self.model.ctc_log_probs(enc_out).cpu()
         return [one[:length] for one, length in zip(log_probs, enc_lens.tolist(), strict=True)]
 
 
-def align_data(exp: Experiment, data_dir: Path, out_dir: Path) -> Counts:
+def align_data(exp: Experiment, data_dir: Path, out_dir: Path, *, device: str = "cpu") -> Counts:
     """Aligns a data directory and writes `ctm`, and the tables `segments`, `text`, `utt2spk` of the runs.
 
     Args:
         exp: an experiment with averaged weights and a CTC output.
         data_dir: with features and transcripts.
         out_dir: times are in seconds from the beginning of an utterance of `data_dir`.
+        device: to encode on.
 
     Raises:
         DataError: features that are not the model's, or nothing could be aligned.
+        ExperimentError: the CTC output was never trained.
     """
+    if exp.config.model.ctc_weight == 0.0:
+        raise ExperimentError(f"{exp.path}: trained with model.ctc_weight 0, so its CTC output knows nothing to align by")
     require_same_features(exp.fbank, exp.path, read_fbank_config(data_dir), data_dir)
     utterances = load_manifest(data_dir)
     reader = FeatureReader(
         config=exp.config.features, num_mel_bins=exp.fbank.num_mel_bins, global_cmvn=exp.global_cmvn, data_dir=data_dir
     )
-    aligner = Aligner(exp.load_model(), exp, reader)
-    counts = Counts()
+    aligner = Aligner(exp.load_model(device=device), exp, reader, device)
+    fit = [u for u in utterances if split_words(u.text) and u.num_frames >= min_frames(aligner.factor)]
+    counts = Counts(not_aligned=sorted({u.id for u in utterances} - {u.id for u in fit}))
     found: list[Alignment] = []
-    longest = max(utterance.num_frames for utterance in utterances)
-    lengths = [utterance.num_frames for utterance in utterances]
-    with tqdm(total=len(utterances), desc="align", unit="utt", disable=None, dynamic_ncols=True) as bar:
-        for batch in make_batches(lengths, frames_per_batch=max(FRAMES_PER_BATCH, longest), max_utts=64):
-            found += aligner.align([utterances[place] for place in batch], counts)
+    lengths = [utterance.num_frames for utterance in fit]
+    with tqdm(total=len(fit), desc="align", unit="utt", disable=None, dynamic_ncols=True) as bar:
+        for batch in make_batches(lengths, frames_per_batch=max([FRAMES_PER_BATCH, *lengths]), max_utts=64):
+            found += aligner.align([fit[place] for place in batch], counts)
             bar.update(len(batch))
     if not found:
         raise DataError(f"{data_dir}: none of {len(utterances)} utterances could be aligned with {exp.path}")

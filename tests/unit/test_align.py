@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from toy_corpus import make_training_data, tiny_config
 
 from speechtx.bin import main as front
-from speechtx.config.errors import DataError
+from speechtx.config.errors import DataError, ExperimentError
 from speechtx.data.kaldi_table import read_segments, read_table
 from speechtx.data.manifest import load_manifest
-from speechtx.search.align import best_alignment, word_cuts
+from speechtx.experiment.experiment import Experiment
+from speechtx.search.align import align_data, best_alignment, word_cuts
 from speechtx.training.averaging import average_checkpoints
 from speechtx.training.train import train
 
@@ -96,12 +98,27 @@ def test_words_are_found_where_they_are_and_recognised_alone(corpus: Path, capsy
     assert all(speakers[key] == key.split("-")[0] for key in text)
 
 
+def test_utterances_that_cannot_be_aligned_are_counted_and_left_out(corpus: Path, tmp_path: Path) -> None:
+    copytree(corpus / "dev", tmp_path / "dev")
+    keys = list(read_table(corpus / "dev" / "text"))
+    text = (tmp_path / "dev" / "text").read_text().splitlines()
+    text[0], text[1] = keys[0], f"{keys[1]} {'A ' * 200}".rstrip()
+    (tmp_path / "dev" / "text").write_text("\n".join(text) + "\n")
+    counts = align_data(Experiment.open(corpus / "exp"), tmp_path / "dev", tmp_path / "words")
+    assert counts.aligned == len(keys) - 2
+    assert f"; 2 without words or too short for them, the first {keys[0]}; runs" in str(counts)
+    assert {line.split()[0] for line in (tmp_path / "words" / "ctm").read_text().splitlines()} == set(keys[2:])
+
+
+def test_a_model_without_trained_ctc_aligns_nothing(corpus: Path, tmp_path: Path) -> None:
+    copytree(corpus / "exp", tmp_path / "exp")
+    config = tmp_path / "exp" / "config.yaml"
+    config.write_text(config.read_text().replace("ctc_weight: 0.9", "ctc_weight: 0.0"))
+    with pytest.raises(ExperimentError, match=r"trained with model\.ctc_weight 0"):
+        align_data(Experiment.open(tmp_path / "exp"), corpus / "dev", tmp_path / "words")
+
+
 def test_alignments_go_with_the_model_features(corpus: Path, tmp_path: Path) -> None:
-    from shutil import copytree
-
-    from speechtx.experiment.experiment import Experiment
-    from speechtx.search.align import align_data
-
     copytree(corpus / "dev", tmp_path / "dev")
     fbank = tmp_path / "dev" / "fbank.yaml"
     fbank.write_text(fbank.read_text().replace("frame_shift_ms: 10.0", "frame_shift_ms: 8.0"))

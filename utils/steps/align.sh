@@ -27,4 +27,4 @@ tokenizer=data/tokenizer/$(basename "$align")
 "$steps/bpe.sh" --config "$config" --report "$dev/text" "$train/text" "$tokenizer"
 "$steps/train.sh" --config "$config" --ngpu "$ngpu" --procs "$procs" --restart="$restart" "$train" "$dev" "$tokenizer" "$align"
 "$steps/average.sh" "$align"
-speechtx align --exp "$align" --data "$train" --out "$align/words"
+speechtx align --exp "$align" --data "$train" --out "$align/words" --ngpu "$((ngpu > 0))"
