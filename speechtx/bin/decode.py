@@ -2,7 +2,7 @@
 
 A job appends to OUT/parts/JOB.jsonl; run again after a kill it continues there. --merge writes OUT/text (Kaldi's format, an empty
 hypothesis is the id alone), OUT/nbest.jsonl and OUT/decode.json (configuration, failed utterances, real-time factor).
-Several models, each with --exp or each with --weights, decode as an ensemble: the mean of their probabilities.
+Several models, each with --exp or each with --weights, decode as an ensemble (docs/decoding.md).
 
 An utterance that cannot be decoded (no features, NaN in them, too short, no memory) gets an empty hypothesis, is named with its
 cause at the end, and stops no other; it is tried again in the next run. The exit status is 0, unless not one could be decoded.

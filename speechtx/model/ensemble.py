@@ -63,9 +63,14 @@ class Ensemble(nn.Module):
         return torch.cat(outs, dim=-1), lengths[0]
 
     def ctc_log_probs(self, enc_out: Tensor) -> Tensor:
-        """enc_out (B, S, sum of D) -> log-probabilities (B, S, V), float32."""
+        """enc_out (B, S, sum of D) -> log-probabilities (B, S, V), float32: of the mean, which is good for checkpoints of one
+        training; models that were trained apart see tokens in different frames."""
+        return log_mean_prob(self.ctc_outputs(enc_out))
+
+    def ctc_outputs(self, enc_out: Tensor) -> list[Tensor]:
+        """enc_out (B, S, sum of D) -> log-probabilities (B, S, V) of each member, float32."""
         shares = enc_out.split(self.widths, dim=-1)
-        return log_mean_prob([cast(Recognizer, m).ctc_log_probs(share) for m, share in zip(self.members, shares, strict=True)])
+        return [cast(Recognizer, m).ctc_log_probs(share) for m, share in zip(self.members, shares, strict=True)]
 
 
 @dataclass(frozen=True)

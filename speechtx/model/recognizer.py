@@ -91,6 +91,10 @@ class Recognizer(nn.Module):
         """enc_out (B, S, D) -> log-probabilities (B, S, V), float32."""
         return F.log_softmax(self.ctc(enc_out).float(), dim=-1)
 
+    def ctc_outputs(self, enc_out: Tensor) -> list[Tensor]:
+        """What CTC says as a list of one; of an `Ensemble`, one for each member."""
+        return [self.ctc_log_probs(enc_out)]
+
     def _phone_log_probs(self, x: Tensor) -> Tensor:
         """x (B, S, D) -> log-probabilities of phones and, first, the blank (B, S, P + 1), float32."""
         assert self.phones is not None

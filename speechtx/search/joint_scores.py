@@ -34,26 +34,28 @@ class JointScores:
         self.end_id = model.sos_eos_id
         self._threshold = config.coverage_threshold
         weights: dict[str, float] = {}
-        log_probs = None  # computed once, for the prefix scores and for a penalty whose axis CTC measures
+        outputs: list[Tensor] = []  # of CTC, computed once, for the prefix scores and for a penalty whose axis CTC measures
         self._decoder: Decoder | None = model.decoder if config.ctc_weight < 1 else None
         if config.ctc_weight > 0 or (self._decoder is not None and self._decoder.needs_ctc):
-            log_probs = model.ctc_log_probs(enc_out)
+            outputs = model.ctc_outputs(enc_out)
         self._decoder_state: DecoderState | None = None
         self._covered: Tensor | None = None  # (N, S) attention that each frame has had so far
         if self._decoder is not None:
             weights["att"] = 1 - config.ctc_weight
-            self._decoder_state = self._decoder.start(enc_out, enc_lens, beam=self.beam, ctc_log_probs=log_probs)
+            self._decoder_state = self._decoder.start(
+                enc_out, enc_lens, beam=self.beam, ctc_log_probs=outputs[0] if outputs else None
+            )
             if config.coverage_weight > 0:
                 weights["coverage"] = config.coverage_weight
                 self._decoder_state = self._decoder_state.watched()
                 self._covered = enc_out.new_zeros(self.batch * self.beam, enc_out.shape[1], dtype=torch.float32)
-        self._ctc: CtcPrefixScorer | None = None
-        self._ctc_state: PrefixState | None = None
+        self._ctc: list[CtcPrefixScorer] = []  # of each model of an ensemble
         if config.ctc_weight > 0:
-            assert log_probs is not None
             weights["ctc"] = config.ctc_weight
-            self._ctc = CtcPrefixScorer(log_probs=log_probs, enc_lens=enc_lens, blank_id=model.blank_id, beam=self.beam)
-            self._ctc_state = self._ctc.start()
+            known: dict[str, Any] = {"enc_lens": enc_lens, "blank_id": model.blank_id, "beam": self.beam}
+            self._ctc = [CtcPrefixScorer(log_probs=log_probs, **known) for log_probs in outputs]
+        self._ctc_states: list[PrefixState] = [scorer.start() for scorer in self._ctc]
+        self._ctc_scores: list[Tensor] = []  # (N, V) of each, as they are in the mean that counts
         self._scorers = scorers
         self._states: list[Any] = [scorer.scorer.start(self.batch * self.beam) for scorer in scorers]
         weights |= {scorer.name: scorer.weight for scorer in scorers}
@@ -84,7 +86,7 @@ class JointScores:
                 assert self._decoder_state.looked is not None
                 self._covered = self._covered + self._decoder_state.looked
                 new["coverage"] = (self._covered > self._threshold).sum(dim=1, keepdim=True).expand_as(new["att"])
-        if self._ctc is not None:
+        if self._ctc:
             new["ctc"] = self._prefix_scores()
         for i, (name, _, scorer) in enumerate(self._scorers):
             new[name], self._states[i] = scorer.step(last, self._states[i])
@@ -93,11 +95,17 @@ class JointScores:
         return self._total(dead)
 
     def _prefix_scores(self) -> Tensor:
-        """(N, V) float64 of CTC, the last column for the end of the sentence."""
-        assert self._ctc is not None and self._ctc_state is not None
-        scores, log_end = self._ctc.score(self._ctc_state)
-        scores[:, self.end_id] = log_end
-        return scores
+        """(N, V) float64 of CTC, the last column for the end of the sentence; of an ensemble, the mean of the logarithms.
+
+        Models that were trained apart agree on the labels of a prefix, not on the frames in which they are seen: their outputs
+        cannot be put together frame by frame.
+        """
+        self._ctc_scores = []
+        for scorer, state in zip(self._ctc, self._ctc_states, strict=True):
+            scores, log_end = scorer.score(state)
+            scores[:, self.end_id] = log_end
+            self._ctc_scores.append(scores)
+        return self._ctc_scores[0] if len(self._ctc) == 1 else torch.stack(self._ctc_scores).mean(dim=0)
 
     def _total(self, dead: Tensor) -> Tensor:
         """What `extend` returns."""
@@ -112,10 +120,12 @@ class JointScores:
             score: (B, beam) of the extensions, -inf for none.
             extensions: (B, beam) where slot and label stand among the beam * V of an utterance.
         """
-        if self._ctc is None or self._ctc_state is None or not self._ctc.is_windowed(self._ctc_state):
-            return False
-        chosen = self._new[self.names.index("ctc")].view(self.batch, -1).gather(1, extensions)
-        return bool((self._ctc.doubtful(self._ctc_state, chosen) & (score > -torch.inf)).any())
+        for scorer, state, scores in zip(self._ctc, self._ctc_states, self._ctc_scores, strict=True):
+            if scorer.is_windowed(state):
+                chosen = scores.view(self.batch, -1).gather(1, extensions)
+                if (scorer.doubtful(state, chosen) & (score > -torch.inf)).any():
+                    return True
+        return False
 
     def extend_again(self, tokens: Tensor, dead: Tensor) -> Tensor:
         """What `extend` returned, from more frames.
@@ -124,8 +134,7 @@ class JointScores:
             tokens: (B, beam, L) of the hypotheses.
             dead: (B, beam) slots without a hypothesis.
         """
-        assert self._ctc is not None
-        self._ctc_state = self._ctc.restart(tokens, dead)
+        self._ctc_states = [scorer.restart(tokens, dead) for scorer in self._ctc]
         self._new[self.names.index("ctc")] = self._prefix_scores()
         return self._total(dead)
 
@@ -145,9 +154,8 @@ class JointScores:
             self._decoder_state = self._decoder_state.select(rows)
         if self._covered is not None:
             self._covered = self._covered[rows]
-        if self._ctc is not None:
-            assert self._ctc_state is not None
-            self._ctc_state = self._ctc.extend(self._ctc_state, rows, labels, dead)
+        pairs = zip(self._ctc, self._ctc_states, strict=True)
+        self._ctc_states = [scorer.extend(state, rows, labels, dead) for scorer, state in pairs]
         self._states = [state.select(rows) for state in self._states]
 
     def keep(self, utterances: Tensor) -> None:
@@ -157,8 +165,7 @@ class JointScores:
             self._decoder_state = self._decoder_state.keep(utterances)
         if self._covered is not None:
             self._covered = self._covered[rows]
-        if self._ctc is not None:
-            assert self._ctc_state is not None
-            self._ctc_state = self._ctc.keep(self._ctc_state, utterances)
+        pairs = zip(self._ctc, self._ctc_states, strict=True)
+        self._ctc_states = [scorer.keep(state, utterances) for scorer, state in pairs]
         self._states = [state.select(rows) for state in self._states]
         self.batch = len(utterances)

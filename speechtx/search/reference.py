@@ -19,6 +19,7 @@ from torch import Tensor
 from speechtx.attention.kernels import attention_weights
 from speechtx.attention.multihead import split_heads
 from speechtx.config.decode import DecodeConfig
+from speechtx.model.ensemble import Ensemble
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.scorers import NO_SCORERS, Scorers
@@ -101,7 +102,8 @@ class _Reference:
     def __init__(self, *, model: Recognizer, enc_out: Tensor, config: DecodeConfig, scorers: Scorers) -> None:
         self.model, self.enc_out, self.config = model, enc_out, config
         self.scorers = scorers.weighted(config, vocab_size=model.sos_eos_id + 1)
-        self.ctc = model.ctc_log_probs(enc_out.unsqueeze(0))[0].detach().double().numpy() if config.ctc_weight > 0 else None
+        outputs = model.ctc_outputs(enc_out.unsqueeze(0)) if config.ctc_weight > 0 else []  # several of an ensemble
+        self.ctc = [log_probs[0].detach().double().numpy() for log_probs in outputs]
         self.run_decoder = functools.cache(self._run_decoder)
         self.run_scorer = functools.cache(self._run_scorer)
 
@@ -119,8 +121,9 @@ class _Reference:
                 seen = sum((self.run_decoder(wanted[:i])[1] for i in range(len(wanted))), torch.zeros(len(self.enc_out)))
                 parts["coverage"] = float((seen > config.coverage_threshold).sum())
                 weights["coverage"] = config.coverage_weight
-        if self.ctc is not None:
-            parts["ctc"] = ctc_log_prob(self.ctc, tokens, blank_id=self.model.blank_id, prefix=not ended)
+        if self.ctc:
+            scores = [ctc_log_prob(own, tokens, blank_id=self.model.blank_id, prefix=not ended) for own in self.ctc]
+            parts["ctc"] = sum(scores) / len(scores)
             weights["ctc"] = config.ctc_weight
         for index, (name, weight, _) in enumerate(self.scorers):
             parts[name] = sum(float(self.run_scorer(index, wanted[:i])[token]) for i, token in enumerate(wanted))
@@ -133,7 +136,8 @@ class _Reference:
         """What the decoder says after `tokens`, which it reads as a whole.
 
         Returns:
-            (V,) log-probabilities of the next token, and (S,) where the last layer looked for it, on average over heads.
+            (V,) log-probabilities of the next token, and (S,) where the last layer looked for it, on average over heads (and over
+            the members of an ensemble).
         """
         model, decoder = self.model, self.model.decoder
         assert decoder is not None
@@ -145,13 +149,14 @@ class _Reference:
             query, keys, _ = args
             looked.append(attention_weights(split_heads(attn.q(query), attn.num_heads), keys, bias=kwargs["bias"]))
 
-        last: Any = decoder.layers[-1]
-        handle = last.cross.register_forward_pre_hook(watch, with_kwargs=True)
+        lasts: list[Any] = [own.layers[-1] for own in _decoders(model)]
+        handles = [last.cross.register_forward_pre_hook(watch, with_kwargs=True) for last in lasts]
         with torch.inference_mode():
             log_probs = model.ctc_log_probs(self.enc_out.unsqueeze(0)) if decoder.needs_ctc else None
             logits = decoder(tokens_in, lens, self.enc_out.unsqueeze(0), frames, ctc_log_probs=log_probs)
-        handle.remove()
-        return logits[0, -1].double().log_softmax(dim=-1), looked[0][0, :, -1].mean(dim=0)
+        for handle in handles:
+            handle.remove()
+        return logits[0, -1].double().log_softmax(dim=-1), torch.stack([own[0, :, -1].mean(dim=0) for own in looked]).mean(dim=0)
 
     def _run_scorer(self, index: int, tokens: tuple[int, ...]) -> Tensor:
         """(V,) what a scorer says of the next token, having read `tokens` one by one."""
@@ -161,6 +166,11 @@ class _Reference:
             for token in (self.model.sos_eos_id, *tokens):
                 scores, state = scorer.step(torch.tensor([token]), state)
         return scores[0].double()
+
+
+def _decoders(model: Recognizer | Ensemble) -> list[Any]:
+    """The decoder of a model, or those of an ensemble's members."""
+    return [member.decoder for member in model.members] if isinstance(model, Ensemble) else [model.decoder]
 
 
 def _stutters(tokens: Sequence[int], limit: int) -> bool:

@@ -164,6 +164,12 @@ class System:
         model = self.load_model(device)
         for config in configs:
             check_search(model, config)
+            if len({exp.path for exp in self.exps}) > 1 and config.method != "beam":
+                log.warning(
+                    "method %s reads the mean of the models' CTC outputs frame by frame, but models that were trained apart see "
+                    "tokens in different frames: expect deletions; method beam does better, with ctc_weight 1.0 by CTC alone",
+                    config.method,
+                )
         return model, self.load_scorers(configs, device)
 
 

@@ -209,7 +209,7 @@ def test_attention_beam_one_is_attention_greedy(seed):
 
 def ctc_only(log_probs: torch.Tensor) -> SimpleNamespace:
     """A "model" whose encoder output is its CTC posteriors."""
-    return SimpleNamespace(ctc_log_probs=lambda enc_out: enc_out, decoder=None, blank_id=0, sos_eos_id=log_probs.shape[-1] - 1)
+    return SimpleNamespace(ctc_outputs=lambda enc_out: [enc_out], decoder=None, blank_id=0, sos_eos_id=log_probs.shape[-1] - 1)
 
 
 @settings(max_examples=40, deadline=None)
