@@ -16,7 +16,7 @@
 #
 # Stages 6 and 7 run once for each decoding configuration: run.sh loops over $decodings, and $decoding is the one at hand.
 #
-# start_recipe sets: exp, lm (where language models are made), align (where the first model is), tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
+# start_recipe sets: exp, lm (where language models are made), align (of the first model), joined_words, tokenizer, corpus_sets (what stage 1 makes), all_sets (what stage 2 works on), overrides (--set
 # arguments), check_options, decodings, decode_nj, lm_options (of steps/decode.sh and tune.sh). Further arguments of begin_stage go to `speechtx stamp begin` (more inputs: --in FILE,
 # --value NAME=VALUE). It sets stage_state to first, changed, extended, interrupted or missing, and
 # stage_changed to whether it is `changed`: what an earlier run made is then of no use. A training that could not start because of an
@@ -71,7 +71,6 @@ start_recipe() {
   exp=${exp%/}
   tokenizer=data/tokenizer/$(basename "$exp")
   lm=exp/lm/$(basename "$exp")
-  align=exp/align # of all experiments: words are where they are, whatever is trained on them
   [[ -f $lm_config || $lm_config == conf/lm.yaml ]] || recipe_error "--lm-config $lm_config: no such file"
   corpus_sets=("$train_set" "$dev_set" "${test_sets[@]}")
   [[ -z $speeds ]] || train_set+=_sp
@@ -90,6 +89,8 @@ start_recipe() {
   ! has_section "$ngram_name" || lm_options+=(--ngram "$lm/$ngram_name")
   overrides=()
   for override in "${set[@]}"; do overrides+=(--set "$override"); done
+  joined_words=$(speechtx stamp named --config "$train_config" "${overrides[@]}" --names training.join.words 2>/dev/null) || joined_words=''
+  align=$(dirname "${joined_words:-exp/align/words}") # of all experiments: words are where they are, whatever is trained on them
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --exp "$exp"
     --train-text "data/$train_set/text" --nj "$nj" --ngpu "$ngpu" --speeds "$speeds")
   ! joins_words || check_options+=(--align-config conf/align.yaml)
@@ -110,7 +111,7 @@ start_recipe() {
 has_section() { [[ $'\n'$lm_sections$'\n' == *$'\n'$1$'\n'* ]]; }
 
 # Whether the model at hand is trained on words joined anew, which a first model has to find.
-joins_words() { grep -qsE '^  join:' "$train_config" && [[ -f conf/align.yaml ]]; }
+joins_words() { [[ -n $joined_words && -f conf/align.yaml ]]; }
 
 # Prints the directory of one set's hypotheses with the decoding configuration at hand.
 decode_dir() { echo "$exp/decode_$1_$(basename "$decoding" .yaml)"; }
@@ -143,7 +144,7 @@ list_search_inputs() {
 list_training_data() {
   local name file
   for name in "$train_set" "$dev_set"; do # the statistics change whenever any feature does
-    for file in text feats.scp utt2num_frames fbank.yaml global_cmvn.ark; do stage_inputs+=(--in "data/$name/$file"); done
+    for file in text utt2spk feats.scp utt2num_frames fbank.yaml global_cmvn.ark; do stage_inputs+=(--in "data/$name/$file"); done
   done
 }
 
@@ -170,7 +171,7 @@ list_inputs() {
       ;;
     align)
       list_training_data
-      stage_inputs+=(--config conf/align.yaml --names model.intermediate_ctc.lexicon --out "$align/words/segments")
+      stage_inputs+=(--config conf/align.yaml --names model.intermediate_ctc.lexicon --out "$joined_words/segments")
       ;;
     train)
       list_training_data

@@ -3,7 +3,7 @@
 `begin` compares the inputs with those of the stamp file and prints one line: `skip DATE`, `first`, `interrupted`,
 `extended WHAT` (only --soft keys changed), `changed WHAT` (also if WHAT is a --result that something else wrote over) or
 `missing OUTPUT`. Unless it prints `skip`, it also records that the stage is running, so that a stage which fails or is killed
-runs again. `end` records that it finished.
+runs again. `end` records that it finished. `named` only prints the files that --config names in the keys --names.
 
 A file counts by its content (above 16 MiB by size and time), a folder by its files. Of YAML files only the named keys count,
 comments and order do not. A missing file is an input too: it may appear later.
@@ -29,8 +29,8 @@ _KEY = re.compile(r"^(\s*)(?:'([^']+)'|\"([^\"]+)\"|([^\s#'\"-][^:#]*?))\s*:(?:\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("begin", "end"))
-    parser.add_argument("--stamp", type=Path, required=True, metavar="FILE", help="where the stage's inputs are recorded")
+    parser.add_argument("action", choices=("begin", "end", "named"))
+    parser.add_argument("--stamp", type=Path, metavar="FILE", help="where the stage's inputs are recorded")
     parser.add_argument(
         "--in", dest="inputs", type=Path, action="append", default=[], metavar="PATH", help="a file or folder it reads"
     )
@@ -54,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override of the last --config"
     )
     parser.add_argument(
-        "--names", action="append", default=[], metavar="KEY", help="a key of the last --config whose value is a file it reads"
+        "--names",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key of the last --config that names a file or folder it reads",
     )
     parser.add_argument(
         "--soft", action="append", default=[], metavar="KEY", help="a change of this key lets the stage continue its work"
@@ -64,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.action == "named":
+        paths = (path for config in args.config for path in named_paths(Path(config), args.names, args.overrides))
+        print("\n".join(paths))
+        return 0
+    if args.stamp is None:
+        raise ConfigError("--stamp: no file was given")
     if args.action == "end":
         stamp = read_stamp(args.stamp)
         if stamp is None:
@@ -111,8 +121,7 @@ def fingerprint(args: argparse.Namespace) -> dict[str, str]:
         overrides = args.overrides if i == len(args.config) - 1 else []
         found |= {f"{key} in {name}": value for key, value in config_values(Path(name), keys, overrides).items()}
         if i == len(args.config) - 1:
-            named = (value for key in args.names for value in config_values(Path(name), key, overrides).values())
-            found |= {value: path_digest(Path(value)) for value in named}
+            found |= {path: path_digest(Path(path)) for path in named_paths(Path(name), args.names, overrides)}
     for path in args.after:
         stamp = read_stamp(path)
         found[f"stage {path.stem}"] = stamp["finished"] if stamp else ""
@@ -159,6 +168,24 @@ def config_values(path: Path, keys: str, overrides: Sequence[str] = ()) -> dict[
     if not wanted or re.search(r"(^|\s)(<<:|[&*]\w)", text):  # an anchor lets one section depend on another
         return values
     return {name: value for name, value in values.items() if any(_within(name, key) for key in wanted)}
+
+
+def named_paths(path: Path, keys: Sequence[str], overrides: Sequence[str] = ()) -> list[str]:
+    """The files and folders that a configuration names in these keys; a key that is not there names none.
+
+    Raises:
+        ConfigError: a key lies in a section in flow style, `{key: value}`, which is not read here.
+    """
+    values = config_values(path, "", overrides)
+    found = []
+    for key in keys:
+        for name, value in values.items():
+            if key.startswith(f"{name}.") and value.startswith("{"):
+                raise ConfigError(f"{path}: {name}: write it as a block, a key a line: recipes watch the file that {key} names")
+        value = values.get(key, "").strip("'\"")
+        if value not in ("", "null", "~"):
+            found.append(value)
+    return found
 
 
 def _yaml_lines(text: str) -> Iterator[tuple[str, str]]:

@@ -158,7 +158,9 @@ class IntermediateCtcConfig(Section):
     sound alike share what is learnt about them, which tells most where there is little speech.
     """
 
-    layers: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]  # after how many layers; [3] halves six
+    layers: Annotated[
+        tuple[Positive, ...], Field(strict=False, min_length=1)
+    ]  # after how many layers; [3] halves six; phones: any
     weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # CTC becomes (1 - weight) * CTC + weight * mean of these
     lexicon: str | None = None  # predict the phones of this file, `WORD PHONE PHONE ...` a line (Kaldi's lexicon.txt)
     condition: bool = False  # later layers see what was predicted (self-conditioned CTC, Nozaki and Komatsu 2021)
@@ -223,12 +225,18 @@ class ModelConfig(Section):
     def _check_intermediate_ctc(self) -> None:
         if self.intermediate_ctc is None:
             return
-        layers = self.intermediate_ctc.layers
-        if max(layers) >= self.encoder.layers or len(set(layers)) < len(layers):
+        layers, last = self.intermediate_ctc.layers, self.encoder.layers
+        if (
+            len(set(layers)) < len(layers)
+            or max(layers) > last
+            or (max(layers) == last and self.intermediate_ctc.lexicon is None)
+        ):
             raise ValueError(
-                f"intermediate_ctc.layers {list(layers)} must be different numbers below encoder.layers {self.encoder.layers}, "
-                "whose own output the other CTC loss is"
+                f"intermediate_ctc.layers {list(layers)} must be different numbers below encoder.layers {last}, whose own output "
+                "the other CTC loss is; the last layer may predict phones too (intermediate_ctc.lexicon)"
             )
+        if self.intermediate_ctc.condition and max(layers) == last:
+            raise ValueError(f"intermediate_ctc.condition tells later layers what was predicted, and layer {last} is the last")
         if self.ctc_weight == 0.0:
             raise ValueError("intermediate_ctc is a part of the CTC loss, which ctc_weight 0 leaves out")
 

@@ -18,7 +18,7 @@ from speechtx.config.schema import JoinConfig
 from speechtx.data.kaldi_table import read_segments, read_table
 from speechtx.data.loader import Corpus
 from speechtx.data.manifest import Utterance
-from speechtx.text.normalize import split_words
+from speechtx.text.normalize import split_words, squeeze_spaces
 
 JOIN = 7  # number of the random stream, beside those in speechtx.data.loader
 MORE_WORDS = (0, 0, 1, 2)  # than the utterance has whose length a joined one takes as a pattern
@@ -38,9 +38,15 @@ def read_pieces(directory: str | Path, utterances: Sequence[Utterance], frame_sh
     """Reads what `speechtx align` found in these utterances; what it found in others is not theirs.
 
     Raises:
-        DataError: a table is missing or malformed, a run ends behind its utterance, or no run is in any of these utterances.
+        DataError: a table is missing or malformed, a run ends behind its utterance or is not in its transcript, or no run is in
+            any of these utterances.
     """
     directory = Path(directory)
+    if not (directory / "segments").is_file():
+        raise DataError(
+            f"{directory}: no words to join (training.join.words); make them with `speechtx align --out {directory}`, or give "
+            "the recipe a conf/align.yaml, from which stage train makes them"
+        )
     places = {utterance.id: place for place, utterance in enumerate(utterances)}
     text = read_table(directory / "text")
     pieces = []
@@ -51,8 +57,11 @@ def read_pieces(directory: str | Path, utterances: Sequence[Utterance], frame_sh
         frames = utterances[place].num_frames
         start = round(segment.start * 1000 / frame_shift_ms)
         end = frames if segment.end is None else round(segment.end * 1000 / frame_shift_ms)
-        if not 0 <= start < end <= frames or key not in text:
-            what = "no words in text" if key not in text else f"frames {start} to {end} of {frames}"
+        what = "no words in text" if key not in text else f"frames {start} to {end} of {frames}"
+        fits = 0 <= start < end <= frames and key in text
+        if fits and f" {text[key]} " not in f" {squeeze_spaces(utterances[place].text)} ":
+            fits, what = False, f"{text[key]!r} is not in its transcript {utterances[place].text!r}"
+        if not fits:
             raise DataError(f"{directory / 'segments'}: {key}: {what}; run `speechtx align` again on the training set")
         pieces.append(Piece(place, start, end, text[key]))
     if not pieces:
@@ -62,6 +71,8 @@ def read_pieces(directory: str | Path, utterances: Sequence[Utterance], frame_sh
 
 class JoinedCorpus(Corpus):
     """A corpus with as many joined utterances behind the recorded ones as the configuration says, others in every epoch.
+
+    A joined utterance reads the whole of each recording that it takes words from: cheap for a small corpus, which it is for.
 
     Args:
         pieces: of the recorded utterances.
@@ -152,9 +163,11 @@ class JoinedCorpus(Corpus):
         words = frames = 0
         while words < wanted:
             piece = choice[int(rng.integers(len(choice)))]
-            if chosen and frames + piece.end - piece.start > self.max_frames:
+            more = len(split_words(piece.text))
+            too_many = words + more > self.join.max_words or frames + piece.end - piece.start > self.max_frames
+            if chosen and too_many:
                 break
             chosen.append(piece)
-            words += len(split_words(piece.text))
+            words += more
             frames += piece.end - piece.start
         return pattern.speaker, chosen

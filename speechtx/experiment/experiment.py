@@ -55,8 +55,12 @@ class Experiment:
     @cached_property
     def phones(self) -> Phones | None:
         """What intermediate CTC predicts; None when those are tokens, or there is none."""
-        intermediate = self.config.model.intermediate_ctc
-        return None if intermediate is None or intermediate.lexicon is None else Phones.load(self.path / LEXICON)
+        intermediate, path = self.config.model.intermediate_ctc, self.path / LEXICON
+        if intermediate is None or intermediate.lexicon is None:
+            return None
+        if not path.is_file():
+            raise ExperimentError(f"{path}: missing, and the model predicts its phones; copy {intermediate.lexicon} there again")
+        return Phones.load(path)
 
     @cached_property
     def global_cmvn(self) -> CmvnStats | None:

@@ -210,7 +210,10 @@ def align_data(exp: Experiment, data_dir: Path, out_dir: Path, *, device: str = 
             found += aligner.align([fit[place] for place in batch], counts)
             bar.update(len(batch))
     if not found:
-        raise DataError(f"{data_dir}: none of {len(utterances)} utterances could be aligned with {exp.path}")
+        raise DataError(
+            f"{data_dir}: none of {len(utterances)} utterances could be aligned with {exp.path}: no transcripts, or too few "
+            "frames for them; is it the data that the model was made for?"
+        )
     write_alignments(sorted(found, key=lambda a: a.utterance.id.encode()), out_dir, exp.fbank.frame_shift_ms / 1000)
     return counts
 

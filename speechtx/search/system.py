@@ -164,11 +164,13 @@ class System:
         model = self.load_model(device)
         for config in configs:
             check_search(model, config)
-            if len({exp.path for exp in self.exps}) > 1 and config.method != "beam":
+        if len({exp.path for exp in self.exps}) > 1:
+            for method in sorted({config.method for config in configs} - {"beam"}):
                 log.warning(
                     "method %s reads the mean of the models' CTC outputs frame by frame, but models that were trained apart see "
-                    "tokens in different frames: expect deletions; method beam does better, with ctc_weight 1.0 by CTC alone",
-                    config.method,
+                    "tokens in different frames: expect deletions%s",
+                    method,
+                    "" if method == "mask_ctc" else "; method beam does better, with ctc_weight 1.0 by CTC alone",
                 )
         return model, self.load_scorers(configs, device)
 

@@ -5,11 +5,14 @@ A word may stand there several times, the pronunciation that counts is the first
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from speechtx.config.errors import DataError
 from speechtx.text.normalize import split_words
+
+_NUMBER = re.compile(r"[0-9]*\.[0-9]+|1")  # of Kaldi's lexiconp.txt
 
 
 class Phones:
@@ -35,7 +38,7 @@ class Phones:
         """Reads a lexicon in Kaldi's format.
 
         Raises:
-            DataError: no such file, not UTF-8, no word in it, or a word without phones; file and line are named.
+            DataError: no such file, not UTF-8, no word in it, a word without phones, or probabilities; file and line are named.
         """
         path = Path(path)
         try:
@@ -50,6 +53,10 @@ class Phones:
             if word and not phones:
                 raise DataError(
                     f"{path}:{number}: {word} has no phones; a line is a word and its phones, as in `SEVEN S EH V AH N`"
+                )
+            if word and _NUMBER.fullmatch(phones[0]):
+                raise DataError(
+                    f"{path}:{number}: {phones[0]} is no phone; a lexicon without probabilities is wanted (lexicon.txt)"
                 )
             if word:
                 pronunciations.setdefault(word, phones)

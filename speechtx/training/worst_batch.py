@@ -27,13 +27,15 @@ def worst_batches(trainer: Trainer) -> list[dict[int, int]]:
     """The batches with the most padded frames, the most padded tokens and the longest utterance, without duplicates.
 
     A batch is the frames of its utterances by their index. Where the tempo changes, it is made of others in every epoch: the
-    longest of all if everybody speaks as slowly as can be drawn, the one with most tokens if as fast.
+    longest of all if everybody speaks as slowly as can be drawn, the one with most tokens if as fast. Joined utterances are
+    those of the coming epoch.
     """
-    slow, fast = ([most for _, most in trainer.train_corpus.spans], [fewest for fewest, _ in trainer.train_corpus.spans])
+    corpus = trainer.train_corpus.at_epoch(trainer.epoch)
+    slow, fast = [most for _, most in corpus.spans], [fewest for fewest, _ in corpus.spans]
     slow_batches, fast_batches = _batches_at(trainer, slow), _batches_at(trainer, fast)
     if not slow_batches or not fast_batches:  # more processes than batches
         return []
-    tokens = [len(ids) for ids in trainer.train_corpus.tokens]
+    tokens = [len(ids) for ids in corpus.tokens]
     worst = (
         max(slow_batches, key=lambda batch: (len(batch) * max(batch.values()), max(batch.values()))),
         max(fast_batches, key=lambda batch: len(batch) * max(tokens[i] for i in batch)),

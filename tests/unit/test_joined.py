@@ -6,12 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from toy_corpus import make_training_data, tiny_config, write_words
 
 from speechtx.config.errors import ConfigError, DataError
 from speechtx.data.joined import JoinedCorpus, Piece, read_pieces
 from speechtx.data.manifest import Utterance, load_manifest, read_fbank_config
+from speechtx.experiment.experiment import Experiment
+from speechtx.training.distributed import World
+from speechtx.training.monitor import Monitor
 from speechtx.training.prepare import TrainingData, build_corpora, lay_out_experiment
+from speechtx.training.trainer import Trainer
+from speechtx.training.worst_batch import worst_batches
 
 JOIN = "training.join.words={}"
 
@@ -56,10 +62,40 @@ def word_of(piece: Piece, recorded: list[Utterance]) -> str:
 def test_every_epoch_has_others_and_the_same_epoch_the_same(tmp_path: Path, data: TrainingData) -> None:
     write_words(data.train, tmp_path / "words")
     corpus = corpus_of(tmp_path, data)
-    texts = {epoch: [u.text for u in corpus.at_epoch(epoch).utterances] for epoch in (1, 2, 1)}
-    assert texts[1] == [u.text for u in corpus.at_epoch(1).utterances]
-    assert texts[1][:24] == texts[2][:24] and texts[1][24:] != texts[2][24:]
-    assert len(set(texts[1][24:])) > 12
+    first, other, again = ([u.text for u in corpus.at_epoch(epoch).utterances] for epoch in (1, 2, 1))
+    assert first == again
+    assert first[:24] == other[:24] and first[24:] != other[24:]
+    assert len(set(first[24:])) > 12
+
+
+def test_the_scan_before_the_first_step_looks_at_the_utterances_of_that_epoch(tmp_path: Path, data: TrainingData) -> None:
+    write_words(data.train, tmp_path / "words")
+    corpus = corpus_of(tmp_path, data, "training.perturb.tempo=0.3")
+    config = tiny_config()
+    trainer = Trainer(
+        config=config,
+        model=Experiment.open(tmp_path / "exp").new_model(),
+        train=corpus,
+        dev=corpus,
+        exp=tmp_path / "exp",
+        world=World(rank=0, size=1, device=torch.device("cpu")),
+        monitor=Monitor(exp=tmp_path / "exp", epochs=1, enabled=False),
+    )
+    for batch in worst_batches(trainer):
+        for index, frames in batch.items():
+            fewest, most = corpus.at_epoch(1).spans[index]
+            assert fewest <= frames <= most
+
+
+def test_runs_of_several_words_keep_to_the_limit(tmp_path: Path, data: TrainingData) -> None:
+    words = write_words(data.train, tmp_path / "words")
+    for utterance in load_manifest(data.train):  # beside each word, all of the utterance
+        for name, row in (("segments", f"{utterance.id} 0 -1"), ("text", utterance.text), ("utt2spk", utterance.speaker)):
+            with (words / name).open("a") as table:
+                table.write(f"{utterance.id}-whole {row}\n")
+    corpus = corpus_of(tmp_path, data, "training.join.max_words=6", "training.join.ratio=5")
+    numbers = [len(u.text.split()) for u in corpus.utterances[24:]]
+    assert max(numbers) == 6 and len(set(numbers)) > 2
 
 
 def test_only_speakers_with_pieces_are_joined_and_others_stay(tmp_path: Path, data: TrainingData) -> None:
@@ -77,6 +113,12 @@ def test_only_speakers_with_pieces_are_joined_and_others_stay(tmp_path: Path, da
     [
         ("segments", " 0.000 ", " 0.000 9", r"segments: s0-000-000-001: frames 0 to 9\d+ of \d+; run `speechtx align` again"),
         ("text", "s0-000-000-001", "s0-000-000-xxx", r"segments: s0-000-000-001: no words in text"),
+        (
+            "text",
+            "-001 ",
+            "-001 Z",
+            r"segments: s0-000-000-001: 'Z[A-E]' is not in its transcript '[A-E ]*'; run `speechtx align`",
+        ),
         ("segments", " s", " x", r"segments: nothing was cut out of the training set's utterances"),
     ],
 )
@@ -87,6 +129,11 @@ def test_words_of_something_else_are_refused(
     (words / table).write_text((words / table).read_text().replace(old, new))
     with pytest.raises(DataError, match=message):
         read_pieces(words, load_manifest(data.train), 10.0)
+
+
+def test_words_that_are_not_there_are_asked_for(tmp_path: Path, data: TrainingData) -> None:
+    with pytest.raises(DataError, match=r"words: no words to join .* make them with `speechtx align --out "):
+        read_pieces(tmp_path / "words", load_manifest(data.train), 10.0)
 
 
 def test_joining_needs_stored_features() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_corpus import BINS, LETTERS, make_training_data, tiny_config, write_lexicon
 
-from speechtx.config.errors import DataError, TrainingError
+from speechtx.config.errors import ConfigError, DataError, ExperimentError, TrainingError
 from speechtx.data.manifest import load_manifest
 from speechtx.experiment.experiment import Experiment
 from speechtx.model.losses import ctc_loss
@@ -19,6 +19,7 @@ from speechtx.text.tokenizer import Tokenizer
 from speechtx.training.prepare import select_utterances
 from speechtx.training.train import train
 
+CONDITION = "model.intermediate_ctc.condition=true"
 LEXICON = "B B IY\nC S IY\nA EY\nA AH\n\nD D IY\nE IY\n"  # A has a second pronunciation
 
 
@@ -36,7 +37,12 @@ def test_the_first_pronunciation_counts_and_phones_are_numbered_from_one_in_c_or
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("A EY\nB\n", r"lexicon\.txt:2: B has no phones"), ("\n \n", "holds no word"), ("A \udcff\n", "not UTF-8 at byte 3")],
+    [
+        ("A EY\nB\n", r"lexicon\.txt:2: B has no phones"),
+        ("\n \n", "holds no word"),
+        ("A 0.5 EY\n", r"0\.5 is no phone"),
+        ("A \udcff\n", "not UTF-8 at byte 3"),
+    ],
 )
 def test_a_lexicon_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "lexicon.txt"
@@ -70,6 +76,10 @@ def test_lower_layers_learn_phones_and_the_last_one_tokens() -> None:
     expected = config.ctc_weight * ctc + (1 - config.ctc_weight) * float(losses.att)
     assert float(losses.total.detach()) == pytest.approx(expected, rel=1e-4)
 
+    with pytest.raises(ConfigError, match="layer 2 is the last"):
+        tiny_config(*quiet, "model.intermediate_ctc.layers=[1,2]", "model.intermediate_ctc.lexicon=x", CONDITION)
+    tiny_config(*quiet, "model.intermediate_ctc.layers=[1,2]", "model.intermediate_ctc.lexicon=x")  # phones there too
+
     model.eval()  # where nothing is asked of the lower layers
     assert torch.isfinite(model(feats, lens, tokens, token_lens).total)
 
@@ -100,6 +110,9 @@ def test_an_experiment_keeps_its_lexicon_and_refuses_another(tmp_path: Path) -> 
     assert kept.new_model().phones.out_features == 8  # P0, P1, Q0 to Q4 and the blank: without the file it was made from
     with pytest.raises(TrainingError, match=r"lexicon\.txt: missing; stage data makes a recipe's lexicon"):
         train(config, data, tmp_path / "other")
+    (kept.path / "lexicon.txt").unlink()
+    with pytest.raises(ExperimentError, match=r"lexicon\.txt: missing, and the model predicts its phones; copy .* there again"):
+        Experiment.open(kept.path).new_model()
 
 
 def test_a_word_of_the_training_set_needs_a_pronunciation_one_of_dev_does_not(tmp_path: Path) -> None:

@@ -93,6 +93,26 @@ def test_a_file_that_the_configuration_names_counts_by_its_content(folder: Path,
     assert begin(capsys, "--config", "c.yaml:seed", "--names", "model.intermediate_ctc.lexicon").startswith("skip")
 
 
+def test_a_file_named_in_quotes_or_by_an_override_counts_and_flow_style_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def named(text: str, *overrides: str) -> tuple[int, str]:
+        Path("d.yaml").write_text(text)
+        sets = [word for override in overrides for word in ("--set", override)]
+        status = front.main(["stamp", "named", "--config", "d.yaml", *sets, "--names", "training.join.words"])
+        captured = capsys.readouterr()
+        return status, (captured.out + captured.err).strip()
+
+    block = "training:\n  join:\n    words: 'a/words'\n    ratio: 1\n"
+    assert named(block) == (0, "a/words")
+    assert named(block, "training.join.words=b") == (0, "b")
+    assert named(block, "training.join=null") == (0, "")
+    assert named("training:\n  epochs: 3\n") == (0, "")
+    assert named("training:\n  join: null\n") == (0, "")
+    status, message = named("training:\n  join: {words: a}\n")
+    assert status == 1 and "training.join: write it as a block" in message
+
+
 def test_an_input_that_is_new_to_the_stage_is_a_change(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(capsys, "--in", "text", "--value", "seed=1")
     end()

@@ -115,8 +115,10 @@ def test_killed_and_continued_training_ends_with_the_same_bits(
 
 
 def test_more_loader_processes_change_nothing(data: TrainingData, tmp_path: Path) -> None:
+    words = write_words(data.train, tmp_path / "words")
     for workers in (0, 2):
-        train(tiny_config("training.epochs=1", f"training.loader_workers={workers}"), data, tmp_path / str(workers))
+        config = tiny_config(f"training.join.words={words}", f"training.loader_workers={workers}")
+        train(config, data, tmp_path / str(workers))
     alone, helped = weights(tmp_path / "0"), weights(tmp_path / "2")
     assert all(torch.equal(alone[name], helped[name]) for name in alone)
 

@@ -176,9 +176,12 @@ def test_the_peak_of_memory_sees_an_allocation_and_forgets_it_when_reset() -> No
 
 
 def test_a_process_that_has_no_batch_has_no_worst_one() -> None:
+    rows = SimpleNamespace(spans=[(5, 9)] * 5)
+
     class Idle:
         world = World(rank=1, size=2, device=torch.device("cpu"), share_batches=True)
-        train_corpus = SimpleNamespace(spans=[(5, 9)] * 5)
+        epoch = 1
+        train_corpus = SimpleNamespace(at_epoch=lambda epoch: rows)
 
         def groups(self, lengths: list[int]) -> list[list[list[int]]]:
             assert lengths in ([5] * 5, [9] * 5)

@@ -40,7 +40,7 @@ if begin_stage 0 "configuration, model, tools, disk, paths"; then
   utils/steps/check.sh "${check_options[@]}" --corpus-gib 0.2 ${archive:+--archive "$archive"}
 fi
 
-if begin_stage 1 "data directories ${corpus_sets[*]}" ${archive:+--in "$archive"}; then
+if begin_stage 1 "data directories ${corpus_sets[*]}" --out data/local/dict/lexicon.txt ${archive:+--in "$archive"}; then
   local/data.sh ${archive:+--archive "$archive"}
   for name in "${corpus_sets[@]}"; do speechtx data validate "data/$name"; done
   end_stage
