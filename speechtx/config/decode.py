@@ -17,6 +17,7 @@ _DONE_BY: dict[str, tuple[Method, ...]] = {
     "nbest": ("beam", "ctc_beam", "attention_rescoring"),
     "lm_weight": ("beam", "ctc_beam", "attention_rescoring"),
     "ngram_weight": ("beam", "ctc_beam", "attention_rescoring"),
+    "phone_weight": ("beam", "ctc_beam", "attention_rescoring"),
     "length_bonus": ("beam", "ctc_beam", "attention_rescoring"),
     "hot_words": ("beam", "ctc_beam", "attention_rescoring"),
     "length_normalization": ("beam",),
@@ -31,7 +32,8 @@ class DecodeConfig(Section):
     """The whole of `conf/decode.yaml`.
 
     A hypothesis of the beam search scores (1 - ctc_weight) * attention + ctc_weight * CTC + lm_weight * language model
-    + ngram_weight * n-gram + length_bonus * tokens + hot words + coverage, all natural logarithms.
+    + ngram_weight * n-gram + length_bonus * tokens + hot words + coverage, all natural logarithms; at the end
+    + phone_weight * phones, of which hypotheses outside of the lexicon have none: they come last.
     """
 
     # beam: joint CTC/attention, label by label; ctc_beam: CTC prefix beam search, frame by frame; attention_rescoring: the n best
@@ -42,6 +44,9 @@ class DecodeConfig(Section):
     ctc_weight: Fraction = 0.3  # 1.0: CTC prefix scores only; 0.0: attention only
     lm_weight: NonNegativeFloat = 0.0  # of the Transformer language model (--lm)
     ngram_weight: NonNegativeFloat = 0.0  # of the n-gram language model (--ngram)
+    phone_weight: NonNegativeFloat = (
+        0.0  # of the phones that lower layers hear (intermediate_ctc.lexicon); ranks the beam anew at its end
+    )
     length_bonus: float = 0.0  # added per token
     length_normalization: Fraction = 0.0  # finished hypotheses are ranked by score / (tokens + 1) ** this; 1.0: mean per token
     min_len_ratio: NonNegativeFloat = 0.0  # no end of sentence before this many tokens per encoder frame

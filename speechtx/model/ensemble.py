@@ -43,8 +43,13 @@ class Ensemble(nn.Module):
         self.widths = [model.config.encoder.dim for model in models]
         self.decoder = None if first.decoder is None else EnsembleDecoder(models, self.widths)
 
-    def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """feats (B, T, F), feat_lens (B,) -> enc_out (B, S, sum of the members' D), enc_lens (B,).
+    @property
+    def predicts_phones(self) -> bool:
+        """Whether all members do."""
+        return all(cast(Recognizer, member).predicts_phones for member in self.members)
+
+    def encode(self, feats: Tensor, feat_lens: Tensor, *, phones: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """feats (B, T, F), feat_lens (B,) -> enc_out (B, S, sum of the members' D), enc_lens (B,); phones of all, in turn.
 
         Raises:
             ConfigError: the members shorten the audio differently.
@@ -52,7 +57,7 @@ class Ensemble(nn.Module):
         outs: list[Tensor] = []
         lengths: list[Tensor] = []
         for number, member in enumerate(self.members, start=1):
-            enc_out, enc_lens = cast(Recognizer, member).encode(feats, feat_lens)
+            enc_out, enc_lens = cast(Recognizer, member).encode(feats, feat_lens, phones=phones)
             if outs and (enc_out.shape[1] != outs[0].shape[1] or not torch.equal(enc_lens, lengths[0])):
                 raise ConfigError(
                     f"models 1 and {number} of the ensemble make {outs[0].shape[1]} and {enc_out.shape[1]} encoder frames of "

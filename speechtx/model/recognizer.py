@@ -83,9 +83,17 @@ class Recognizer(nn.Module):
             if isinstance(module, AttentionPenalty):
                 module.at_step(step)
 
-    def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """feats (B, T, F), feat_lens (B,) -> enc_out (B, S, D), enc_lens (B,); see `Encoder.forward`."""
-        return self.encoder(feats, feat_lens)
+    @property
+    def predicts_phones(self) -> bool:
+        """Whether intermediate CTC predicts phones."""
+        return self.phones is not None
+
+    def encode(self, feats: Tensor, feat_lens: Tensor, *, phones: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """feats (B, T, F), feat_lens (B,) -> enc_out (B, S, D), enc_lens (B,); see `Encoder.forward`.
+
+        `phones` gets log-probabilities (B, S, P + 1) of phones and, first, the blank, appended for each layer that predicts them.
+        """
+        return self.encoder(feats, feat_lens, predictions=phones if self.predicts_phones else None)
 
     def ctc_log_probs(self, enc_out: Tensor) -> Tensor:
         """enc_out (B, S, D) -> log-probabilities (B, S, V), float32."""

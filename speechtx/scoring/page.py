@@ -119,6 +119,8 @@ def describe_search(decode: dict[str, Any]) -> str:
             which = PurePath((decode.get(key) or {}).get("path", "")).name
             which = "" if which == key else which  # "n-gram ngram" says nothing
             words.append(" ".join(filter(None, (name, which, f"{config[f'{key}_weight']:g}"))))
+    if config["phone_weight"]:
+        words.append(f"phones {config['phone_weight']:g}")
     if config["length_bonus"]:
         words.append(f"length bonus {config['length_bonus']:g}")
     if config["hot_words"]:

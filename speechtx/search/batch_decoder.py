@@ -49,6 +49,16 @@ class _Read:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """What the encoder says of a batch, see `decode_encoded`, and the seconds that it took."""
+
+    enc_out: Tensor
+    enc_lens: Tensor
+    phones: list[Tensor]
+    seconds: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchDecoder:
     """Decodes with one configuration or several; the encoder runs once for all of them.
@@ -126,25 +136,26 @@ class BatchDecoder:
         yield from ((index, [result]) for index in indices[done:])
 
     def _encode_and_search(self, batch: Sequence[_Read], indices: Sequence[int]) -> Iterator[tuple[int, list[Decoded]]]:
-        enc_out, enc_lens, encoding = self._encode(batch)
+        encoded = self._encode(batch)
         for index in indices:
-            yield index, self._search(batch, enc_out, enc_lens, index, encoding)
+            yield index, self._search(batch, encoded, index)
 
-    def _encode(self, batch: Sequence[_Read]) -> tuple[Tensor, Tensor, float]:
-        """The encoder's output, its lengths, and the seconds it took."""
+    def _encode(self, batch: Sequence[_Read]) -> _Encoded:
         start = time.perf_counter()
+        phones: list[Tensor] | None = [] if any(config.phone_weight for config in self.configs) else None
         with bounded_memory(self.device), torch.inference_mode():
             padded = collate([read.utterance.id for read in batch], [read.feats for read in batch], [[] for _ in batch])
-            enc_out, enc_lens = self.model.encode(padded.feats.to(self.device), padded.feat_lens.to(self.device))
-        return enc_out, enc_lens, time.perf_counter() - start
+            enc_out, enc_lens = self.model.encode(padded.feats.to(self.device), padded.feat_lens.to(self.device), phones=phones)
+        return _Encoded(enc_out, enc_lens, phones or [], time.perf_counter() - start)
 
-    def _search(self, batch: Sequence[_Read], enc_out: Tensor, enc_lens: Tensor, index: int, encoding: float) -> list[Decoded]:
+    def _search(self, batch: Sequence[_Read], encoded: _Encoded, index: int) -> list[Decoded]:
         """What one configuration finds; its share of the encoder's seconds is all of them, as if it were the only one."""
         start = time.perf_counter()
         with bounded_memory(self.device):
-            nbests = decode_encoded(self.model, enc_out, enc_lens, self.configs[index], self.scorers[index])
+            config, scorers = self.configs[index], self.scorers[index]
+            nbests = decode_encoded(self.model, encoded.enc_out, encoded.enc_lens, config, scorers, phones=encoded.phones)
         texts = [[hypothesis.with_text(self.exp.tokenizer.decode) for hypothesis in nbest] for nbest in nbests]
-        seconds = (encoding + time.perf_counter() - start) / sum(read.utterance.num_frames for read in batch)
+        seconds = (encoded.seconds + time.perf_counter() - start) / sum(read.utterance.num_frames for read in batch)
         results = []
         for read, nbest in zip(batch, texts, strict=True):
             utterance, took = read.utterance, read.seconds + seconds * read.utterance.num_frames

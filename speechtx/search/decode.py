@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from speechtx.search.ctc_beam import ctc_beam_search
 from speechtx.search.greedy import ctc_greedy
 from speechtx.search.hypothesis import Hypothesis
 from speechtx.search.mask_ctc import mask_ctc
+from speechtx.search.phones import add_phone_scores
 from speechtx.search.rescoring import rescore
 from speechtx.search.scorers import NO_SCORERS, Scorers
 
@@ -40,20 +42,33 @@ def decode_batch(
         ConfigError: the model has no decoder, and the search needs one; a weight without its scorer.
     """
     with torch.inference_mode():
-        enc_out, enc_lens = model.encode(feats, feat_lens)
-        return decode_encoded(model, enc_out, enc_lens, config, scorers)
+        phones: list[Tensor] | None = [] if config.phone_weight else None
+        enc_out, enc_lens = model.encode(feats, feat_lens, phones=phones)
+        return decode_encoded(model, enc_out, enc_lens, config, scorers, phones=phones or ())
 
 
 def decode_encoded(
-    model: Recognizer, enc_out: Tensor, enc_lens: Tensor, config: DecodeConfig, scorers: Scorers = NO_SCORERS
+    model: Recognizer,
+    enc_out: Tensor,
+    enc_lens: Tensor,
+    config: DecodeConfig,
+    scorers: Scorers = NO_SCORERS,
+    *,
+    phones: Sequence[Tensor] = (),
 ) -> list[list[Hypothesis]]:
-    """The search alone, from the encoder's output (B, S, D) and its lengths (B,); see `decode_batch`.
+    """The search alone, from the encoder's output (B, S, D), lengths (B,) and, for `phone_weight`, phones; see `decode_batch`.
 
     A language model that forbids tokens, such as a lexicon inside a word, may leave a narrow beam without any hypothesis
     that can end. Those utterances are searched again with a beam four, then sixteen times as wide.
     """
     check_method(model, config)
     check_weights(model, config)
+    if config.phone_weight:
+        if scorers.pronounce is None or not phones:
+            raise ConfigError("phone_weight needs the phones that the encoder hears, and their lexicon; see `System.load`")
+        wide = config.model_copy(update={"phone_weight": 0.0, "nbest": config.beam})
+        nbests = decode_encoded(model, enc_out, enc_lens, wide, scorers)
+        return add_phone_scores(nbests, phones, enc_lens, scorers.pronounce, config)
     with torch.inference_mode():
         nbests = _search(model, enc_out, enc_lens, config, scorers)
         for factor in _WIDER if _may_forbid_ends(config) else ():
@@ -96,11 +111,16 @@ def why_nothing(config: DecodeConfig) -> str:
 
 
 def check_method(model: Recognizer, config: DecodeConfig) -> None:
-    """Refuses a search that this kind of decoder was not trained for.
+    """Refuses a search that this kind of decoder was not trained for, and phones of a model that predicts none.
 
     Raises:
         ConfigError: see `method_problem`.
     """
+    if config.phone_weight and not model.predicts_phones:
+        raise ConfigError(
+            f"phone_weight {config.phone_weight} needs a model that predicts phones (model.intermediate_ctc.lexicon), which this "
+            "one does not; set phone_weight: 0.0"
+        )
     kind = "none" if model.decoder is None else "attention" if model.decoder.causal else "mask_ctc"
     if problem := method_problem(config.method, kind):
         raise ConfigError("; ".join(problem))

@@ -12,8 +12,9 @@ class Hypothesis:
     """One finished hypothesis of one utterance with the parts of its score.
 
     Beam search: score = (1 - ctc_weight) * att + ctc_weight * ctc + lm_weight * lm + ngram_weight * ngram + hot_words
-    + coverage_weight * coverage + length_bonus, all over (tokens + 1) ** length_normalization. CTC greedy: score = ctc, the
-    log-probability of the best path (a lower bound of the text's). A part that the search did not use is None.
+    + coverage_weight * coverage + phone_weight * phones + length_bonus, all over (tokens + 1) ** length_normalization. CTC
+    greedy: score = ctc, the log-probability of the best path (a lower bound of the text's). A part that the search did not use
+    is None.
 
     Attributes:
         tokens: token ids without blank and without start and end of sentence.
@@ -25,6 +26,7 @@ class Hypothesis:
         ngram: the same of the n-gram language model.
         hot_words: sum of the bonuses for hot words.
         coverage: encoder frames that the decoder attended to.
+        phones: log P_ctc(phones of the words | audio) of lower layers.
         text: the tokens as text; empty until `with_text` fills it in.
     """
 
@@ -37,6 +39,7 @@ class Hypothesis:
     ngram: float | None = None
     hot_words: float | None = None
     coverage: float | None = None
+    phones: float | None = None
     text: str = ""
 
     def with_text(self, decode: Callable[[list[int]], str]) -> Hypothesis:

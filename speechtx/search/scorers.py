@@ -13,6 +13,7 @@ from speechtx.config.errors import ConfigError
 from speechtx.experiment.language_model import load_language_model
 from speechtx.model.language_model import LanguageModel
 from speechtx.search.hot_words import HotWords, encode_hot_words
+from speechtx.search.phones import Pronouncer
 from speechtx.text.tokenizer import Tokenizer
 
 
@@ -38,11 +39,13 @@ class Scorers:
         lm: a language model, weighed by `lm_weight`.
         ngram: another, weighed by `ngram_weight`.
         hot_words: bonuses instead of log-probabilities, with their weight in them.
+        pronounce: what `phone_weight` needs.
     """
 
     lm: LanguageModel | None = None
     ngram: LanguageModel | None = None
     hot_words: LanguageModel | None = None
+    pronounce: Pronouncer | None = None
 
     def weighted(self, config: DecodeConfig, *, vocab_size: int) -> tuple[Weighted, ...]:
         """Those that the configuration gives a weight; one of weight 0 is never asked.
@@ -100,7 +103,7 @@ def load_scorers(
     if config.hot_words:
         phrases = encode_hot_words(config.hot_words, tokenizer)
         found["hot_words"] = HotWords(phrases, bonus=config.hot_word_bonus, vocab_size=tokenizer.vocab_size).to(device)
-    return Scorers(**found)
+    return Scorers(lm=found.get("lm"), ngram=found.get("ngram"), hot_words=found.get("hot_words"))
 
 
 def _missing(name: str, config: DecodeConfig) -> str:

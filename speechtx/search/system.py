@@ -21,6 +21,7 @@ from speechtx.model.ensemble import Ensemble
 from speechtx.model.recognizer import Recognizer
 from speechtx.search.beam import check_weights
 from speechtx.search.decode import check_method
+from speechtx.search.phones import Pronouncer
 from speechtx.search.scorers import Scorers, load_scorers
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,9 @@ class System:
         for config in configs:
             without = config.model_copy(update={"lm_weight": 0.0, "ngram_weight": 0.0})
             others = load_scorers(without, tokenizer=tokenizer, device=device)
-            found.append(replace(others, lm=shared.lm, ngram=shared.ngram))
+            phones = self.exp.phones if config.phone_weight else None
+            pronounce = Pronouncer(tokenizer, phones) if phones is not None else None
+            found.append(replace(others, lm=shared.lm, ngram=shared.ngram, pronounce=pronounce))
         return found
 
     def load(self, configs: Sequence[DecodeConfig], device: str) -> tuple[Recognizer, list[Scorers]]:

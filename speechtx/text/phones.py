@@ -80,6 +80,10 @@ class Phones:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise DataError(f"{self.source}: no pronunciation of {shown}{more}; add a line with its phones for each")
 
+    def knows(self, text: str) -> bool:
+        """Whether every word has a pronunciation."""
+        return all(word in self._ids for word in split_words(text))
+
     def encode(self, text: str) -> list[int]:
         """The phones of a transcript, word after word; every word has a pronunciation (`require`)."""
         return [phone for word in split_words(text) for phone in self._ids[word]]

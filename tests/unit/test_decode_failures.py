@@ -145,13 +145,13 @@ def full_memory(monkeypatch, *, utterances: int, frames: int) -> list[int]:
     tried: list[int] = []
     encode = Recognizer.encode
 
-    def encoding(self, feats, feat_lens):
+    def encoding(self, feats, feat_lens, *, phones=None):
         tried.append(len(feats))
         if len(feats) > utterances or feats.shape[1] > frames:
             raise RuntimeError(
                 "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 64424509440 bytes."
             )
-        return encode(self, feats, feat_lens)
+        return encode(self, feats, feat_lens, phones=phones)
 
     monkeypatch.setattr(Recognizer, "encode", encoding)
     return tried
@@ -192,7 +192,7 @@ def test_features_that_cannot_be_held_are_named_too(exp, data, good, tmp_path, m
 
 
 def test_an_error_that_is_no_lack_of_memory_is_not_hidden(exp, data, tmp_path, monkeypatch):
-    def broken(self, feats, feat_lens):
+    def broken(self, feats, feat_lens, *, phones=None):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(Recognizer, "encode", broken)

@@ -222,6 +222,9 @@ class GivenOutput:
     def ctc_log_probs(self, enc_out: torch.Tensor) -> torch.Tensor:
         return enc_out
 
+    def ctc_outputs(self, enc_out: torch.Tensor) -> list[torch.Tensor]:
+        return [enc_out]
+
 
 def texts_of(chars: Made, method: str, scorers: Scorers, **keys: object) -> list[str]:
     """What a search makes of noise."""
