@@ -75,9 +75,15 @@ start_recipe() {
   corpus_sets=("$train_set" "$dev_set" "${test_sets[@]}")
   [[ -z $speeds ]] || train_set+=_sp
   all_sets=("$train_set" "$dev_set" "${test_sets[@]}")
+  overrides=()
+  for override in "${set[@]}"; do overrides+=(--set "$override"); done
   decode_nj=$((ngpu > 0 ? 1 : nj))
   decodings=("${decode_config[@]}")
-  ((${#decodings[@]})) || decodings=(conf/decode*.yaml)
+  if ((${#decodings[@]} == 0)); then
+    for decoding in conf/decode*.yaml; do # all that this model can do
+      if ! grep -qs '^phone_weight:' "$decoding" "$(tune_grid)" || predicts_phones; then decodings+=("$decoding"); fi
+    done
+  fi
   lm_options=() lm_sections=''
   if [[ -f $lm_config ]] && ! lm_sections=$(speechtx lm sections --config "$lm_config" 2>&1); then
     ((first_stage == 0)) || { printf '%s\n' "$lm_sections" >&2 && exit 1; }
@@ -87,8 +93,6 @@ start_recipe() {
   ngram_name=ngram
   ! has_section lexicon || ngram_name=lexicon # whole words take its place where they are asked for
   ! has_section "$ngram_name" || lm_options+=(--ngram "$lm/$ngram_name")
-  overrides=()
-  for override in "${set[@]}"; do overrides+=(--set "$override"); done
   joined_words=$(speechtx stamp named --config "$train_config" "${overrides[@]}" --names training.join.words 2>/dev/null) || joined_words=''
   align=$(dirname "${joined_words:-exp/align/words}") # of all experiments: words are where they are, whatever is trained on them
   check_options=(--config "$train_config" "${overrides[@]}" --fbank-config "$fbank_config" --exp "$exp"
@@ -112,6 +116,11 @@ has_section() { [[ $'\n'$lm_sections$'\n' == *$'\n'$1$'\n'* ]]; }
 
 # Whether the model at hand is trained on words joined anew, which a first model has to find.
 joins_words() { [[ -n $joined_words && -f conf/align.yaml ]]; }
+
+# Whether the model at hand predicts phones of a lexicon, which searches with a phone_weight need.
+predicts_phones() {
+  [[ -n $(speechtx stamp named --config "$train_config" "${overrides[@]}" --names model.intermediate_ctc.lexicon 2>/dev/null) ]]
+}
 
 # Prints the directory of one set's hypotheses with the decoding configuration at hand.
 decode_dir() { echo "$exp/decode_$1_$(basename "$decoding" .yaml)"; }

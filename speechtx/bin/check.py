@@ -253,7 +253,7 @@ def check_shapes(train: TrainConfig, fbank: FbankConfig) -> Iterator[Finding]:
 
 
 def check_searches(train: TrainConfig, searches: dict[Path, list[DecodeConfig]]) -> Iterator[Finding]:
-    """Searches that need a decoder which the model will not have; one finding a file."""
+    """Searches that need a decoder or phones which the model will not have; one finding a file."""
     from speechtx.search.decode import method_problem
 
     decoder = train.model.decoder.type if train.model.decoder.layers else "none"
@@ -261,6 +261,15 @@ def check_searches(train: TrainConfig, searches: dict[Path, list[DecodeConfig]])
         for config in configs:
             if problem := method_problem(config.method, decoder):
                 yield Finding("decoding", f"{path}: {problem[0]}", problem[1])
+                break
+            intermediate = train.model.intermediate_ctc
+            if config.phone_weight and (intermediate is None or intermediate.lexicon is None):
+                yield Finding(
+                    "decoding",
+                    f"{path}: phone_weight {config.phone_weight:g} needs a model that predicts phones, by a lexicon in "
+                    "model.intermediate_ctc",
+                    "leave it out, or name the others with --decode-config",
+                )
                 break
             if decoder == "none" and config.method == "beam" and config.ctc_weight != 1.0:
                 yield Finding(

@@ -304,6 +304,19 @@ calls() {
   grep -q -- '--ngram exp/lm/train/lexicon' "$T/decode_arguments"
 }
 
+@test "searches by phones are done if the model predicts phones, and if they are named" {
+  finished
+  printf 'phone_weight: 0.5\n' >conf/decode_phones.yaml
+  run ./run.sh
+  [[ $output != *decode_phones* ]]
+  run ./run.sh --set model.intermediate_ctc.lexicon=lexicon.txt
+  [ "$status" -eq 0 ]
+  grep -q 'decode_test_decode_phones' "$T/calls"
+  rm "$T/calls"
+  ./run.sh --decode-config conf/decode_phones.yaml
+  grep -q 'check .*--decode-config conf/decode_phones.yaml' "$T/calls" # where it is refused
+}
+
 @test "a configuration that joins words gets a first model to find them, once for all seeds" {
   finished
   printf '  join:\n    words: exp/align/words\n' >>conf/train.yaml # its last section is training

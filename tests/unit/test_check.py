@@ -223,6 +223,14 @@ def test_a_lexicon_is_counted_where_it_is_and_awaited_where_it_is_not(folder: Pa
     assert status == 1 and "lexicon.txt:1: HELLO has no phones" in out
 
 
+def test_a_search_by_phones_needs_a_model_that_predicts_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("decode.yaml").write_text("phone_weight: 0.5\n")
+    status, out = run(capsys)
+    assert status == 1 and "decode.yaml: phone_weight 0.5 needs a model that predicts phones" in out
+    status, out = run(capsys, "--set", "model.intermediate_ctc.layers=[1]", "--set", "model.intermediate_ctc.lexicon=lexicon.txt")
+    assert status == 0
+
+
 def test_the_first_model_is_looked_at_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("align.yaml").write_text("model: {encoder: {layer: 3}}\n")
     status, out = run(capsys, "--align-config", "align.yaml")
