@@ -41,6 +41,7 @@ def test_the_an4_shape_is_espnets() -> None:
 
 def test_the_recipes_conformer_is_the_one_that_egs_an4_trains(repo: Path) -> None:
     trained = load_config(repo / "egs/an4/asr1/conf/train.yaml", TrainConfig).model
+    trained = trained.model_copy(update={"intermediate_ctc": None})  # a small output more, in training alone
     with torch.device("meta"):
         model = Recognizer(config=trained, num_mel_bins=80, vocab_size=benchmark.RECIPE.vocab)
     assert count(Spec("speechtx", benchmark.RECIPE, [], device="meta")) == sum(p.numel() for p in model.parameters())
