@@ -219,16 +219,16 @@ def check_lexicon(train: TrainConfig) -> tuple[list[Finding], int]:
     """The lexicon that the model's configuration names, if it does, and its number of phones; about 40 if nobody can tell yet."""
     from speechtx.text.phones import Phones
 
-    intermediate = train.model.intermediate_ctc
-    if intermediate is None or intermediate.lexicon is None:
+    lexicon = train.model.phone_lexicon
+    if lexicon is None:
         return [], 0
-    if not Path(intermediate.lexicon).exists():
-        return [Finding("lexicon", f"{intermediate.lexicon}: not there yet; stage data is to make it")], 40
+    if not Path(lexicon).exists():
+        return [Finding("lexicon", f"{lexicon}: not there yet; stage data is to make it")], 40
     try:
-        phones = Phones.load(intermediate.lexicon)
+        phones = Phones.load(lexicon)
     except SpeechtxError as err:
         return [Finding("lexicon", str(err), "correct model.intermediate_ctc.lexicon, or the file")], 40
-    return [Finding("lexicon", f"{intermediate.lexicon}: {len(phones)} phones")], len(phones)
+    return [Finding("lexicon", f"{lexicon}: {len(phones)} phones")], len(phones)
 
 
 def check_shapes(train: TrainConfig, fbank: FbankConfig) -> Iterator[Finding]:
@@ -262,8 +262,7 @@ def check_searches(train: TrainConfig, searches: dict[Path, list[DecodeConfig]])
             if problem := method_problem(config.method, decoder):
                 yield Finding("decoding", f"{path}: {problem[0]}", problem[1])
                 break
-            intermediate = train.model.intermediate_ctc
-            if config.phone_weight and (intermediate is None or intermediate.lexicon is None):
+            if config.phone_weight and train.model.phone_lexicon is None:
                 yield Finding(
                     "decoding",
                     f"{path}: phone_weight {config.phone_weight:g} needs a model that predicts phones, by a lexicon in "

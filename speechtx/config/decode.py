@@ -44,9 +44,7 @@ class DecodeConfig(Section):
     ctc_weight: Fraction = 0.3  # 1.0: CTC prefix scores only; 0.0: attention only
     lm_weight: NonNegativeFloat = 0.0  # of the Transformer language model (--lm)
     ngram_weight: NonNegativeFloat = 0.0  # of the n-gram language model (--ngram)
-    phone_weight: NonNegativeFloat = (
-        0.0  # of the phones that lower layers hear (intermediate_ctc.lexicon); ranks the beam anew at its end
-    )
+    phone_weight: NonNegativeFloat = 0.0  # of the phones that lower layers hear (intermediate_ctc.lexicon); ranks the beam anew
     length_bonus: float = 0.0  # added per token
     length_normalization: Fraction = 0.0  # finished hypotheses are ranked by score / (tokens + 1) ** this; 1.0: mean per token
     min_len_ratio: NonNegativeFloat = 0.0  # no end of sentence before this many tokens per encoder frame

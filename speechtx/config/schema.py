@@ -158,9 +158,7 @@ class IntermediateCtcConfig(Section):
     sound alike share what is learnt about them, which tells most where there is little speech.
     """
 
-    layers: Annotated[
-        tuple[Positive, ...], Field(strict=False, min_length=1)
-    ]  # after how many layers; [3] halves six; phones: any
+    layers: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]  # after how many layers; [3] halves six
     weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # CTC becomes (1 - weight) * CTC + weight * mean of these
     lexicon: str | None = None  # predict the phones of this file, `WORD PHONE PHONE ...` a line (Kaldi's lexicon.txt)
     condition: bool = False  # later layers see what was predicted (self-conditioned CTC, Nozaki and Komatsu 2021)
@@ -175,6 +173,11 @@ class ModelConfig(Section):
     intermediate_ctc: IntermediateCtcConfig | None = None
     ctc_weight: Fraction = 0.3
     label_smoothing: Probability = 0.1
+
+    @property
+    def phone_lexicon(self) -> str | None:
+        """Of the phones that intermediate CTC predicts, if it does."""
+        return self.intermediate_ctc.lexicon if self.intermediate_ctc is not None else None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

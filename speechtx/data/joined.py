@@ -16,7 +16,7 @@ import numpy as np
 from speechtx.config.errors import DataError
 from speechtx.config.schema import JoinConfig
 from speechtx.data.kaldi_table import read_segments, read_table
-from speechtx.data.loader import Corpus
+from speechtx.data.loader import Corpus, rows_of
 from speechtx.data.manifest import Utterance
 from speechtx.text.normalize import split_words, squeeze_spaces
 
@@ -118,9 +118,8 @@ class JoinedCorpus(Corpus):
     def rows(self) -> list[tuple]:
         """See `Corpus.rows`: what was recorded, and its pieces."""
         utterances, tokens, phones, _ = self.recorded
-        rows: list[tuple] = [(u.id, u.num_frames, list(ids)) for u, ids in zip(utterances, tokens, strict=True)]
         pieces = [(p.source, p.start, p.end, p.text) for choice in self.by_speaker.values() for p in choice]
-        return rows + [(list(sounds),) for sounds in phones] + pieces
+        return rows_of(utterances, tokens, phones) + pieces
 
     def at_epoch(self, epoch: int) -> Corpus:
         """This corpus with the joined utterances and masks of the given epoch."""

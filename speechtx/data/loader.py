@@ -169,8 +169,7 @@ class Corpus(Dataset[Batch | DataError]):
 
     def rows(self) -> list[tuple]:
         """What tells this corpus from others, the same in every epoch: ids, lengths, tokens and, where there are some, phones."""
-        rows: list[tuple] = [(u.id, u.num_frames, list(ids)) for u, ids in zip(self.utterances, self.tokens, strict=True)]
-        return rows + [(list(phones),) for phones in self.phones]
+        return rows_of(self.utterances, self.tokens, self.phones)
 
     def read(self, index: int) -> np.ndarray:
         """The features of an utterance (T, F), as they are stored."""
@@ -268,6 +267,12 @@ class Corpus(Dataset[Batch | DataError]):
             if isinstance(loaded, DataError):
                 raise loaded
             yield loaded
+
+
+def rows_of(utterances: Sequence[Utterance], tokens: Sequence[Sequence[int]], phones: Sequence[Sequence[int]]) -> list[tuple]:
+    """See `Corpus.rows`."""
+    rows: list[tuple] = [(u.id, u.num_frames, list(ids)) for u, ids in zip(utterances, tokens, strict=True)]
+    return rows + [(list(own),) for own in phones]
 
 
 def collate(

@@ -55,11 +55,11 @@ class Experiment:
     @cached_property
     def phones(self) -> Phones | None:
         """What intermediate CTC predicts; None when those are tokens, or there is none."""
-        intermediate, path = self.config.model.intermediate_ctc, self.path / LEXICON
-        if intermediate is None or intermediate.lexicon is None:
+        lexicon, path = self.config.model.phone_lexicon, self.path / LEXICON
+        if lexicon is None:
             return None
         if not path.is_file():
-            raise ExperimentError(f"{path}: missing, and the model predicts its phones; copy {intermediate.lexicon} there again")
+            raise ExperimentError(f"{path}: missing, and the model predicts its phones; copy {lexicon} there again")
         return Phones.load(path)
 
     @cached_property

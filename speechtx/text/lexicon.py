@@ -8,7 +8,7 @@ in a sentence, because no token reaches over a space: a word's first token begin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from speechtx.config.atomic import replacing
@@ -41,6 +41,24 @@ def write_lexicon(lexicon: Lexicon, tokenizer: Tokenizer, path: str | Path) -> N
             stream.write(" ".join([word, *(tokenizer.pieces[i] for i in ids)]) + "\n")
 
 
+def lexicon_lines(path: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """Line number, word and what stands behind it, of every line that is not empty.
+
+    Raises:
+        DataError: no such file, or not UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except UnicodeDecodeError as err:
+        raise DataError(f"{path}: not UTF-8 at byte {err.start + 1}") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        fields = split_words(line)
+        if fields:
+            yield number, fields[0], fields[1:]
+
+
 def read_lexicon(path: str | Path, tokenizer: Tokenizer) -> Lexicon:
     """Reads a lexicon; lines may have been removed or added by hand.
 
@@ -49,19 +67,9 @@ def read_lexicon(path: str | Path, tokenizer: Tokenizer) -> Lexicon:
             spelled otherwise than the tokenizer does; file and line are named.
     """
     path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except UnicodeDecodeError as err:
-        raise DataError(f"{path}: not UTF-8 at byte {err.start + 1}") from None
     lexicon: Lexicon = {}
     lines: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        fields = split_words(line)
-        if not fields:
-            continue
-        word, *pieces = fields
+    for number, word, pieces in lexicon_lines(path):
         if word in lines:
             raise DataError(f"{path}:{number}: {word!r} stands already in line {lines[word]}")
         lines[word] = number

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from speechtx.config.errors import DataError
+from speechtx.text.lexicon import lexicon_lines
 from speechtx.text.normalize import split_words
 
 _NUMBER = re.compile(r"[0-9]*\.[0-9]+|1")  # of Kaldi's lexiconp.txt
@@ -41,25 +42,17 @@ class Phones:
             DataError: no such file, not UTF-8, no word in it, a word without phones, or probabilities; file and line are named.
         """
         path = Path(path)
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such lexicon") from None
-        except UnicodeDecodeError as err:
-            raise DataError(f"{path}: not UTF-8 at byte {err.start + 1}") from None
         pronunciations: dict[str, list[str]] = {}
-        for number, line in enumerate(text.split("\n"), start=1):
-            word, *phones = split_words(line) or [""]
-            if word and not phones:
+        for number, word, phones in lexicon_lines(path):
+            if not phones:
                 raise DataError(
                     f"{path}:{number}: {word} has no phones; a line is a word and its phones, as in `SEVEN S EH V AH N`"
                 )
-            if word and _NUMBER.fullmatch(phones[0]):
+            if _NUMBER.fullmatch(phones[0]):
                 raise DataError(
                     f"{path}:{number}: {phones[0]} is no phone; a lexicon without probabilities is wanted (lexicon.txt)"
                 )
-            if word:
-                pronunciations.setdefault(word, phones)
+            pronunciations.setdefault(word, phones)
         if not pronunciations:
             raise DataError(f"{path}: holds no word")
         return cls(pronunciations, source=str(path))

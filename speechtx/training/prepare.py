@@ -77,7 +77,7 @@ def select_utterances(
         ids = tokenizer.encode(utterance.text)
         sounds = phones.encode(utterance.text) if phones is not None else []
         frames = subsampled_length(utterance.num_frames, config.model.encoder.subsampling.factor)
-        needed = max(ctc_min_frames(ids), ctc_min_frames(sounds))
+        needed = _needed(ids, sounds)
         if not ids:
             kept.left_out.append((utterance.id, "empty transcript"))
         elif not limits.min_frames <= utterance.num_frames <= limits.max_frames:
@@ -150,8 +150,10 @@ def lay_out_experiment(exp: Path, config: TrainConfig, fbank: FbankConfig, data:
         (exp / "tokenizer.new").rename(exp / "tokenizer")
     if Tokenizer.load(exp / "tokenizer").model_proto != tokenizer.model_proto:
         raise TrainingError(f"{exp}/tokenizer is not the tokenizer of {data.tokenizer}; give another --exp")
-    if (intermediate := config.model.intermediate_ctc) is not None and intermediate.lexicon is not None:
-        _take(Path(intermediate.lexicon), exp / LEXICON, missing="stage data makes a recipe's lexicon", changed="it changed")
+    if config.model.phone_lexicon is not None:
+        _take(
+            Path(config.model.phone_lexicon), exp / LEXICON, missing="stage data makes a recipe's lexicon", changed="it changed"
+        )
     if config.features.cmvn == "global":
         missing, changed = "run stage fbank on the training set", "the training set's features changed"
         _take(data.train / "global_cmvn.ark", exp / "global_cmvn.ark", missing=missing, changed=changed)
@@ -270,14 +272,17 @@ def _joined(
 ) -> tuple[Callable[..., Corpus], str]:
     """Makes a training corpus with joined utterances; and what a person should know about it."""
     pieces = read_pieces(join.words, selection.utterances, experiment.fbank.frame_shift_ms)
-    factor, phones = config.model.encoder.subsampling.factor, experiment.phones
-    # One frame more than each piece needs: for the blank between equal tokens where two meet.
-    fit = [p for p in pieces if p.end - p.start >= min_frames(factor, 1 + _needed(p.text, experiment.tokenizer, phones))]
+    factor, phones, tokenizer = config.model.encoder.subsampling.factor, experiment.phones, experiment.tokenizer
+    fit = []
+    for piece in pieces:
+        needed = _needed(tokenizer.encode(piece.text), phones.encode(piece.text) if phones is not None else [])
+        if piece.end - piece.start >= min_frames(factor, needed + 1):  # and the blank between equal tokens where two pieces meet
+            fit.append(piece)
     kind = functools.partial(
         JoinedCorpus,
         pieces=fit,
         join=join,
-        encode=experiment.tokenizer.encode,
+        encode=tokenizer.encode,
         encode_phones=None if phones is None else phones.encode,
         span=functools.partial(_span, config),
         max_frames=config.training.max_frames,
@@ -286,15 +291,14 @@ def _joined(
     return kind, f"train: {number} utterances more in each epoch, joined from {len(fit)} runs of words of {join.words}"
 
 
-def _needed(text: str, tokenizer: Tokenizer, phones: Phones | None) -> int:
-    """Encoder frames that CTC needs for a text."""
-    return max(ctc_min_frames(tokenizer.encode(text)), ctc_min_frames(phones.encode(text)) if phones is not None else 0)
+def _needed(tokens: Sequence[int], phones: Sequence[int]) -> int:
+    """Encoder frames that CTC needs for both."""
+    return max(ctc_min_frames(tokens), ctc_min_frames(phones))
 
 
 def _span(config: TrainConfig, num_frames: int, tokens: Sequence[int], phones: Sequence[int]) -> tuple[int, int]:
     """The fewest and the most frames of an utterance at another tempo."""
-    needed = max(ctc_min_frames(tokens), ctc_min_frames(phones))
-    shortest = min_frames(config.model.encoder.subsampling.factor, needed)
+    shortest = min_frames(config.model.encoder.subsampling.factor, _needed(tokens, phones))
     return tempo_span(num_frames, config.training.perturb.tempo, shortest=shortest, longest=config.training.max_frames)
 
 

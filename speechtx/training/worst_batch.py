@@ -51,7 +51,7 @@ def _batches_at(trainer: Trainer, lengths: list[int]) -> list[dict[int, int]]:
 
 
 def scan(trainer: Trainer) -> None:
-    """Reports the peak memory of the worst batches that can come.
+    """Reports the peak memory of the worst batches that can come, with the joined utterances of the coming epoch.
 
     Raises:
         TrainingError: one does not fit; the message names how many of its utterances would.
