@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="on the CPU: N processes that share each batch; 0: as many as pay, one a processor, at most 4, each with two "
-        "utterances of a batch or more (default: 1)",
+        help="on the CPU: N processes that share the batches of each step; 0: as many as pay, one a processor, at most 4, each "
+        "with two utterances of a step or more (default: 1)",
     )
 
 

@@ -337,9 +337,9 @@ class EmaConfig(Section):
 
 class TrainingConfig(Section):
     epochs: Positive = 100
-    frames_per_batch: Positive = 16000  # feature frames with padding, per forward pass of a GPU or of all --procs together
+    frames_per_batch: Positive = 16000  # feature frames with padding; --procs split a batch if there is not one for each
     max_utts_per_batch: Positive = 128
-    accum_steps: Positive = 1  # batches whose gradients are summed before one optimiser step
+    accum_steps: Positive = 1  # batches whose gradients are summed before one optimiser step, of each GPU or of all --procs
     grad_clip: PositiveFloat = 5.0  # global L2 norm
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

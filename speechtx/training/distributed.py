@@ -1,7 +1,7 @@
 """Several processes that train one model: who am I, sum over all, wait for all.
 
 Two ways to share the work: each process has batches of its own, so that N processes take steps that are N times as large
-(GPUs), or all share each batch, so that steps are the same whatever N is (`speechtx train --procs`).
+(GPUs), or all share the batches of each step, so that steps are the same whatever N is (`speechtx train --procs`).
 
 Gradients are summed by hand after the last batch of a step, not by DistributedDataParallel: each rank may then hold any
 number of batches, none included, and N processes compute exactly the step that one process with the same global batch computes.
@@ -28,7 +28,8 @@ class World:
         rank: from 0.
         size: how many there are.
         device: of this one.
-        share_batches: each batch is split among all, instead of each having batches of its own.
+        share_batches: the batches of a step are dealt out among all, and those that are left over split, instead of each
+            process having batches of its own.
     """
 
     rank: int
@@ -38,14 +39,20 @@ class World:
 
     @property
     def batches_at_once(self) -> int:
-        """How many batches all processes together compute at a time."""
+        """How many batches a step has for each of training.accum_steps."""
         return 1 if self.share_batches else self.size
 
     def share_of(self, batches: list[list[int]]) -> list[list[int]]:
-        """This process's batches, or its part of each that is not empty."""
-        if self.share_batches:
-            return [part for batch in batches if (part := batch[self.rank :: self.size])]
-        return batches[self.rank :: self.size]
+        """This process's batches of a step, and its part, if it is not empty, of each one that is split."""
+        if not self.share_batches:
+            return batches[self.rank :: self.size]
+        whole = len(batches) - len(batches) % self.size
+        parts = [batch[self.rank :: self.size] for batch in batches[whole:]]
+        return batches[self.rank : whole : self.size] + [part for part in parts if part]
+
+    def parts_of_batch(self, accum_steps: int) -> int:
+        """Into how many parts the batches of a step are split at the least: one if each process has some to itself."""
+        return self.size if self.share_batches and accum_steps < self.size else 1
 
     @property
     def is_main(self) -> bool:

@@ -22,18 +22,18 @@ GRACE_SECONDS = 3.0  # from the first failure to the end of the others, who may 
 LAST_LINES = 20
 ERROR = "speechtx train: error: "  # how `speechtx.bin.main` begins
 MOST_PROCESSES = 4  # that --procs 0 starts; each has the model, its optimiser and a loader in memory
-LEAST_UTTERANCES = 2  # of a batch, for each of them
+LEAST_UTTERANCES = 2  # of a step, for each of them
 
 
 def processes_that_pay(train: Path, config: TrainingConfig) -> int:
-    """How many processes should share each batch on this machine's processors.
+    """How many processes should share the batches of each step on this machine's processors.
 
     Two processes of one thread take steps faster than one process of two threads, which waits for itself after every small
-    operation; but each needs enough of a batch to work on.
+    operation; but each needs enough of a step to work on.
 
     Args:
         train: the training data directory, after stage 2.
-        config: how large batches are.
+        config: how large batches and steps are.
 
     Raises:
         DataError: utt2num_frames is missing or malformed.
@@ -42,7 +42,7 @@ def processes_that_pay(train: Path, config: TrainingConfig) -> int:
     usable = [frames for frames in lengths if config.min_frames <= frames <= config.max_frames]
     if not usable:  # training will say what is wrong
         return 1
-    utterances = min(config.max_utts_per_batch, config.frames_per_batch / statistics.mean(usable))
+    utterances = config.accum_steps * min(config.max_utts_per_batch, config.frames_per_batch / statistics.mean(usable))
     return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, int(utterances) // LEAST_UTTERANCES))
 
 

@@ -126,7 +126,7 @@ def _too_large(trainer: Trainer, frames: dict[int, int], batch: Batch) -> Traini
             f"{begin}, nor does its longest utterance alone ({trainer.train_corpus.utterances[index].id}, {longest} frames): "
             "lower training.max_frames, set training.gradient_checkpointing: true, or look at what else uses the memory"
         )
-    shares = trainer.world.size // trainer.world.batches_at_once  # this batch may be one process's share of a larger one
+    shares = trainer.world.parts_of_batch(trainer.train_config.accum_steps)  # this batch may be a part of a larger one
     enough = (shares * (most - 1) + 1) * longest  # no share then has more than `most`
     return TrainingError(
         f"{begin}, but {most} of them do: set training.frames_per_batch to {enough} or less, now "

@@ -112,6 +112,15 @@ def test_processes_that_share_batches_take_the_steps_of_one_and_training_moves_b
     assert (moved / "log" / "train.1.log").is_file()
 
 
+def test_processes_that_have_whole_batches_draw_what_one_draws(data: TrainingData, tmp_path: Path) -> None:
+    """A batch's random numbers are those of its place in the step, whichever process computes it; dropout is on."""
+    even = ["training.frames_per_batch=100000", "training.max_utts_per_batch=6"]  # four batches, none of which is left over
+    regularised = ["training.epochs=2", "training.accum_steps=2", *even, *REGULARISERS]
+    subprocess.run(command(data, tmp_path / "one", *regularised), check=True, capture_output=True)
+    subprocess.run(command(data, tmp_path / "two", *regularised, procs=2), check=True, capture_output=True)
+    assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), rel=1e-5, abs=1e-5)
+
+
 def test_a_killed_process_ends_the_job_at_once_and_is_named(data: TrainingData, tmp_path: Path) -> None:
     exp = tmp_path / "exp"
     job = subprocess.Popen(

@@ -123,4 +123,14 @@ def test_shares_of_a_step_are_complete_and_disjoint() -> None:
         return [world.share_of(batches) for world in worlds]
 
     assert shares(False) == [[[0, 1, 2], [4, 5]], [[3]]]
-    assert shares(True) == [[[0, 2], [3], [4]], [[1], [5]]]
+    assert shares(True) == [[[0, 1, 2], [4]], [[3], [5]]]  # the first two are dealt out, the third is split
+    batches.pop()
+    assert shares(True) == [[[0, 1, 2]], [[3]]]
+    batches.pop()
+    assert shares(True) == [[[0, 2]], [[1]]]
+
+
+def test_a_batch_is_split_only_where_a_step_has_fewer_batches_than_processes() -> None:
+    together, apart = (World(rank=0, size=3, device=torch.device("cpu"), share_batches=share) for share in (True, False))
+    assert [together.parts_of_batch(steps) for steps in (1, 2, 3, 4)] == [3, 3, 1, 1]
+    assert apart.parts_of_batch(1) == 1
