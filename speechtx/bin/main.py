@@ -43,7 +43,14 @@ VERBS: tuple[tuple[str, dict[str, str]], ...] = (
             "transcribe": "recognise audio files",
         },
     ),
-    ("stage 7, scoring", {"score": "WER, CER or TER with NIST sclite", "results": "write RESULTS.md from what was scored"}),
+    (
+        "stage 7, scoring",
+        {
+            "score": "WER, CER or TER with NIST sclite",
+            "results": "write RESULTS.md from what was scored",
+            "compare": "what each change of the configuration gave, a row each",
+        },
+    ),
     ("pictures", {"curves": "training curves as PNG", "attention": "attention maps, with and without penalty"}),
     ("recipes' plumbing", {"stamp": "tell whether a stage's inputs changed since it finished"}),
 )

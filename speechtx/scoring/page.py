@@ -14,6 +14,9 @@ from speechtx.scoring.results import Decoding, ExperimentRecord, mean_interval
 Key = tuple[str, str]
 """Test set and name of the decoding configuration."""
 
+RIGHT = ("sub", "del", "ins", "errors / words", "RTF", "parameters", "hours")
+"""Headers of columns of numbers, beside those that end with a percent sign."""
+
 
 def render(experiments: Sequence[ExperimentRecord], *, note: str, command: str, date: str) -> str:
     """The whole page.
@@ -82,7 +85,7 @@ def score_table(experiments: Sequence[ExperimentRecord]) -> list[str]:
             rows.append([*row, _rtf(decoding)])
         if len(group) > 1:
             rows.append([test_set, role, name, *_mean_cells([decoding for _, decoding in group], extra)])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _mean_cells(decodings: Sequence[Decoding], extra: Sequence[str]) -> list[str]:
@@ -166,10 +169,10 @@ def _rtf(decoding: Decoding) -> str:
     return f"{rtf:.4f}" if rtf is not None else "-"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Markdown that also reads well as plain text; numbers stand at the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = [header.endswith("%") or header in ("sub", "del", "ins", "errors / words", "RTF") for header in rows[0]]
+    right = [header.endswith("%") or header in RIGHT for header in rows[0]]
     lines = []
     for row in rows:
         cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)]

@@ -90,12 +90,16 @@ class ExperimentRecord:
     @property
     def dev_set(self) -> str | None:
         """The name of the set that training was watched on: `--dev` of the training command."""
+        return self.set_given("--dev")
+
+    def set_given(self, option: str) -> str | None:
+        """The name of the data directory that an option of the training command gives."""
         words = shlex.split(self.run["command"])
         for word, following in zip(words, [*words[1:], ""], strict=True):
-            if word == "--dev":
+            if word == option:
                 return Path(following).name
-            if word.startswith("--dev="):
-                return Path(word.removeprefix("--dev=")).name
+            if word.startswith(f"{option}="):
+                return Path(word.removeprefix(f"{option}=")).name
         return None
 
 
