@@ -8,7 +8,7 @@ import numpy as np
 
 
 def make_batches(
-    lengths: Sequence[int], *, frames_per_batch: int, max_utts: int, seed: int | None = None, epoch: int = 0
+    lengths: Sequence[int], *, frames_per_batch: int, max_utts: int, seed: int | None = None, epoch: int = 0, together: int = 1
 ) -> list[list[int]]:
     """Groups utterances of similar length so that padded frames stay within a budget.
 
@@ -19,6 +19,8 @@ def make_batches(
         seed: None keeps the order by length (longest first: memory trouble shows at once); a number draws new
             neighbours and a new order of the batches for each (seed, epoch).
         epoch: which epoch's shuffle.
+        together: so many batches of similar lengths follow each other, which are the batches of one step: processes that
+            compute one each then wait little for the slowest. What is left over stands at the end.
 
     Returns:
         Lists of indices into `lengths`; each index occurs exactly once.
@@ -37,7 +39,9 @@ def make_batches(
     # Lengths jittered by up to 10 % give each epoch different neighbours at little cost in padding.
     order = np.argsort(size * rng.uniform(0.9, 1.1, size.size), kind="stable")
     batches = _cut(order, size, frames_per_batch, max_utts)
-    return [batches[i] for i in rng.permutation(len(batches))]
+    whole = len(batches) // together
+    shuffled = [batches[place * together + i] for place in rng.permutation(whole) for i in range(together)]
+    return shuffled + batches[whole * together :]
 
 
 def _cut(order: np.ndarray, size: np.ndarray, frames_per_batch: int, max_utts: int) -> list[list[int]]:

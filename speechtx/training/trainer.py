@@ -288,9 +288,14 @@ class Trainer:
             max_utts=self.train_config.max_utts_per_batch,
             seed=self.config.seed,
             epoch=self.epoch,
+            together=self.group_size,
         )
-        size = self.train_config.accum_steps * self.world.batches_at_once
-        return [batches[i : i + size] for i in range(0, len(batches), size)]
+        return [batches[i : i + self.group_size] for i in range(0, len(batches), self.group_size)]
+
+    @property
+    def group_size(self) -> int:
+        """Batches of a step, over all processes."""
+        return self.train_config.accum_steps * self.world.batches_at_once
 
     @property
     def averages(self) -> dict[str, float]:
@@ -313,7 +318,7 @@ class Trainer:
             "seconds": self.seconds,
             "sums": self.sums,
             "history": self.history,
-            "group_size": self.train_config.accum_steps * self.world.batches_at_once,
+            "group_size": self.group_size,
             **self.hashes,
         }
 
@@ -341,11 +346,10 @@ class Trainer:
                     f"{self.exp}/checkpoints: the {which} set is not the one this experiment began with (utterances, lengths or "
                     "tokens differ); choose another --exp, or train from nothing (utils/steps/train.sh --restart)"
                 )
-        group_size = self.train_config.accum_steps * self.world.batches_at_once
-        if state["index"] and state["group_size"] != group_size:
+        if state["index"] and state["group_size"] != self.group_size:
             raise TrainingError(
                 f"the checkpoint stands in the middle of epoch {state['epoch']}, with {state['group_size']} batches a step "
-                f"(accum_steps times processes); continue with as many, not with {group_size}"
+                f"(accum_steps times processes); continue with as many, not with {self.group_size}"
             )
         try:
             self.model.load_state_dict(state["model"])
