@@ -5,7 +5,7 @@ the others are compared with; each difference is over the seeds that both have, 
 training was watched on (--dev of the training) unless --set names another: choose by it, not by the test set.
 
 example:
-  speechtx compare exp/train_sp exp/train_sp_training.specaugment=null
+  speechtx compare exp/train exp/train_training.specaugmentnull
   speechtx compare exp/base_seed1 exp/base_seed2 exp/wide_seed1 exp/wide_seed2 --decoding decode_ctc --out comparison.md
 """
 

@@ -21,8 +21,6 @@ from speechtx.config.schema import FbankConfig, TrainConfig
 from speechtx.scoring.results import ExperimentRecord, ScoreRecord, read_experiment
 from speechtx.scoring.significance import Comparison, paired_bootstrap
 
-NOT_A_CHANGE = ("seed",)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -75,7 +73,7 @@ def read_groups(exps: Sequence[Path]) -> list[Group]:
 def settings_of(experiment: ExperimentRecord) -> dict[str, Any]:
     """Every value that the experiment was made with, but for its seed, under its full key."""
     config = load_config(experiment.path / "config.yaml", TrainConfig).model_dump(mode="json")
-    found = _leaves({key: value for key, value in config.items() if key not in NOT_A_CHANGE})
+    found = _leaves({key: value for key, value in config.items() if key != "seed"})
     fbank = load_config(experiment.path / "fbank.yaml", FbankConfig).model_dump(mode="json")
     return {**found, **_leaves(fbank, "fbank."), "training set": experiment.set_given("--train")}
 
