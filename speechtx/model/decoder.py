@@ -25,7 +25,8 @@ from speechtx.model.cross_penalty import CrossPenalty, CrossWalk
 from speechtx.model.decoder_state import DecoderState, KeyValue, TokenTree
 from speechtx.model.dropout import Dropout
 from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
-from speechtx.model.one_step import Affine, FeedForwardStep, OwnStep, affine, normed
+from speechtx.model.one_step import FeedForwardStep, Norm, OwnStep, norm_of, normed
+from speechtx.model.packed import PackedLinear
 from speechtx.model.position import input_position
 
 CrossBias = Callable[[CrossAttention, Tensor, Tensor], Tensor | None]  # of a layer, its queries' input and its keys
@@ -58,9 +59,9 @@ class _LayerStep(NamedTuple):
 
     own: OwnStep
     cross: CrossAttention
-    norm_cross: Affine
-    q: Affine
-    out: Affine
+    norm_cross: Norm
+    q: PackedLinear
+    out: PackedLinear
     ff: FeedForwardStep
 
     @staticmethod
@@ -69,9 +70,9 @@ class _LayerStep(NamedTuple):
         return _LayerStep(
             own=OwnStep.of(layer.norm_attn, layer.attn),
             cross=cross,
-            norm_cross=affine(layer.norm_cross),
-            q=affine(cross.q),
-            out=affine(cross.out),
+            norm_cross=norm_of(layer.norm_cross),
+            q=PackedLinear.of(cross.q),
+            out=PackedLinear.of(cross.out),
             ff=FeedForwardStep.of(layer.norm_ff, layer.ff),
         )
 
@@ -97,9 +98,9 @@ class _LayerStep(NamedTuple):
         q, (k, v) = qkv[:, :, 0].transpose(1, 2), own.transpose(1, 3).unbind(2)
         x = self.own.add(x, attend(q, k, v, bias=own_bias).transpose(1, 2))
         query = normed(x, self.norm_cross).view(batch, beam, -1)
-        q = F.linear(query, *self.q).view(batch, beam, heads, -1).transpose(1, 2)
+        q = self.q(query).view(batch, beam, heads, -1).transpose(1, 2)
         found = attend(q, *cross, bias=cross_bias(self.cross, query, cross[0]))
-        x = x + F.linear(found.transpose(1, 2).reshape(x.shape), *self.out)
+        x = x + self.out(found.transpose(1, 2).reshape(x.shape))
         return self.ff(x), own
 
 

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from speechtx.attention.multihead import SelfAttention
 from speechtx.attention.rotary import Rotary
 from speechtx.model.encoder import FeedForward
+from speechtx.model.packed import PackedLinear
 
-Affine = tuple[Tensor, Tensor]  # weight and bias, of a linear layer or of a norm
+Norm = tuple[Tensor, Tensor]  # weight and bias
 
 
-def affine(module: nn.Linear | nn.LayerNorm) -> Affine:
-    """Its weight and bias; a norm must have PyTorch's own epsilon."""
-    assert module.bias is not None and getattr(module, "eps", 1e-5) == 1e-5
+def norm_of(module: nn.LayerNorm) -> Norm:
+    """Its weight and bias; it must have PyTorch's own epsilon."""
+    assert module.bias is not None and module.eps == 1e-5
     return module.weight, module.bias
 
 
-def normed(x: Tensor, norm: Affine) -> Tensor:
+def normed(x: Tensor, norm: Norm) -> Tensor:
     """x (N, D), normalised."""
     return F.layer_norm(x, x.shape[1:], *norm)
 
@@ -34,38 +35,38 @@ class OwnStep(NamedTuple):
 
     heads: int
     rotary: Rotary | None
-    norm: Affine
-    qkv: Affine
-    out: Affine
+    norm: Norm
+    qkv: PackedLinear
+    out: PackedLinear
 
     @staticmethod
     def of(norm: nn.LayerNorm, attn: SelfAttention) -> OwnStep:
-        return OwnStep(attn.num_heads, attn.rotary, affine(norm), affine(attn.qkv), affine(attn.out))
+        return OwnStep(attn.num_heads, attn.rotary, norm_of(norm), PackedLinear.of(attn.qkv), PackedLinear.of(attn.out))
 
     def project(self, x: Tensor, position: int = 0) -> Tensor:
         """x (N, D) -> (N, 3, H, d): query, key and value; `position` matters to rotary attention only."""
-        qkv = F.linear(normed(x, self.norm), *self.qkv).view(len(x), 3, self.heads, -1)
+        qkv = self.qkv(normed(x, self.norm)).view(len(x), 3, self.heads, -1)
         if self.rotary is not None:
             qkv[:, :2] = self.rotary(qkv[:, :2].flatten(1, 2).unsqueeze(2), start=position).view_as(qkv[:, :2])
         return qkv
 
     def add(self, x: Tensor, found: Tensor) -> Tensor:
         """x (N, D) and what attention found, (..., H, d) of as many numbers -> (N, D)"""
-        return x + F.linear(found.reshape(x.shape), *self.out)
+        return x + self.out(found.reshape(x.shape))
 
 
 class FeedForwardStep(NamedTuple):
     """The feed-forward part of a layer, with ReLU."""
 
-    norm: Affine
-    inner: Affine
-    outer: Affine
+    norm: Norm
+    inner: PackedLinear
+    outer: PackedLinear
 
     @staticmethod
     def of(norm: nn.LayerNorm, ff: FeedForward) -> FeedForwardStep:
         assert isinstance(ff.activation, nn.ReLU)
-        return FeedForwardStep(affine(norm), affine(ff.inner), affine(ff.outer))
+        return FeedForwardStep(norm_of(norm), PackedLinear.of(ff.inner), PackedLinear.of(ff.outer))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, D) -> (N, D)"""
-        return x + F.linear(F.linear(normed(x, self.norm), *self.inner).relu_(), *self.outer)
+        return x + self.outer(self.inner(normed(x, self.norm)).relu_())
