@@ -37,10 +37,9 @@ class World:
     device: torch.device
     share_batches: bool = False
 
-    @property
-    def batches_at_once(self) -> int:
-        """How many batches a step has for each of training.accum_steps."""
-        return 1 if self.share_batches else self.size
+    def batches_of_step(self, accum_steps: int) -> int:
+        """How many batches a step has, over all processes."""
+        return accum_steps if self.share_batches else accum_steps * self.size
 
     def share_of(self, batches: list[list[int]]) -> list[list[int]]:
         """This process's batches of a step, and its part, if it is not empty, of each one that is split."""

@@ -295,7 +295,7 @@ class Trainer:
     @property
     def group_size(self) -> int:
         """Batches of a step, over all processes."""
-        return self.train_config.accum_steps * self.world.batches_at_once
+        return self.world.batches_of_step(self.train_config.accum_steps)
 
     @property
     def averages(self) -> dict[str, float]:
