@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from speechtx.attention.kernels import Bias, attend, attention_weights, dense_bias
+from speechtx.attention.linear import Linear
 from speechtx.attention.relu import attend_relu, relu_weights
 from speechtx.attention.rotary import Rotary
 from speechtx.attention.study import AfterSoftmax
@@ -43,8 +44,8 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.rotary = Rotary(dim=dim // num_heads) if rotary else None
         self.weighting = weighting
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
 
     def project(self, x: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T, d) of x (B, T, D) at positions start .. start + T - 1."""
@@ -87,9 +88,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.out = Linear(dim, dim)
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, S, d) of the encoder's output (B, S, D)."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.attention.kernels import Bias, dense_bias
+from speechtx.attention.linear import Linear
 from speechtx.attention.multihead import AttentionTerms, SelfAttention, split_heads
 from speechtx.attention.sinusoids import GrowingTable, angles, interleaved
 
@@ -27,7 +28,7 @@ class RelativeSelfAttention(SelfAttention):
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0, weighting: str = "softmax") -> None:
         super().__init__(dim=dim, num_heads=num_heads, dropout=dropout, weighting=weighting)
-        self.position = nn.Linear(dim, dim, bias=False)
+        self.position = Linear(dim, dim, bias=False)
         # One-dimensional, so that weight decay spares them, as it does other biases.
         self.content_bias = nn.Parameter(torch.zeros(dim))
         self.position_bias = nn.Parameter(torch.zeros(dim))

@@ -5,7 +5,7 @@
 `missing OUTPUT`. Unless it prints `skip`, it also records that the stage is running, so that a stage which fails or is killed
 runs again. `end` records that it finished. `named` only prints the files that --config names in the keys --names.
 
-A file counts by its content (above 16 MiB by size and time), a folder by its files. Of YAML files only the named keys count,
+A file counts by its content (above 256 MiB by size and time), a folder by its files. Of YAML files only the named keys count,
 comments and order do not. A missing file is an input too: it may appear later.
 
 example: speechtx stamp begin --stamp exp/a/.stamps/train.json --in data/train/text --config conf/train.yaml:model,training
@@ -24,7 +24,7 @@ from pathlib import Path
 from speechtx.config.atomic import write_text
 from speechtx.config.errors import ConfigError
 
-HASHED_BYTES = 16 << 20  # larger files (models, archives) count by size and modification time
+HASHED_BYTES = 256 << 20  # a second's work; larger files (archives) count by size and modification time, which a copy changes
 _KEY = re.compile(r"^(\s*)(?:'([^']+)'|\"([^\"]+)\"|([^\s#'\"-][^:#]*?))\s*:(?:\s+(.*))?$")
 
 
@@ -142,7 +142,8 @@ def path_digest(path: Path) -> str:
         state = path.stat()
         if state.st_size > HASHED_BYTES:
             return f"{state.st_size} bytes of {state.st_mtime_ns}"
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return "absent"
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from speechtx.attention.linear import Linear
 from speechtx.model.norm import make_norm
 
 MANY_CHANNELS = 96  # from here on a matrix product gives the gradient of a convolution's weight sooner than the convolution does
@@ -116,10 +117,10 @@ class ConvolutionModule(nn.Module):
 
     def __init__(self, *, dim: int, kernel: int, norm: Literal["layer", "batch"] = "layer") -> None:
         super().__init__()
-        self.pointwise_in = nn.Linear(dim, 2 * dim)
+        self.pointwise_in = Linear(dim, 2 * dim)
         self.depthwise = DepthwiseConv(dim=dim, kernel=kernel)
         self.norm = make_norm(norm, dim)
-        self.pointwise_out = nn.Linear(dim, dim)
+        self.pointwise_out = Linear(dim, dim)
 
     def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
         """x (B, S, D), mask (B, S) -> (B, S, D); padded frames enter the convolution as zeros, like those outside the batch."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.attention.kernels import Bias, attend, attention_weights, padding_bias
+from speechtx.attention.linear import Linear, PackedLinear
 from speechtx.attention.multihead import CrossAttention, SelfAttention, split_heads
 from speechtx.attention.site import AttentionPenalty
 from speechtx.config.penalty import CrossPenaltyConfig, PenaltyConfig
@@ -26,7 +27,6 @@ from speechtx.model.decoder_state import DecoderState, KeyValue, TokenTree
 from speechtx.model.dropout import Dropout
 from speechtx.model.encoder import FeedForward, compute_dtype, length_mask
 from speechtx.model.one_step import FeedForwardStep, Norm, OwnStep, norm_of, normed
-from speechtx.model.packed import PackedLinear
 from speechtx.model.position import input_position
 
 CrossBias = Callable[[CrossAttention, Tensor, Tensor], Tensor | None]  # of a layer, its queries' input and its keys
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         self.position = input_position(config.position, dim=dim, dropout=config.positional_dropout)
         self.layers = nn.ModuleList(DecoderLayer(config=config, dim=dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
-        self.output = nn.Linear(dim, vocab_size)
+        self.output = Linear(dim, vocab_size)
 
     @property
     def needs_ctc(self) -> bool:

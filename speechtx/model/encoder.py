@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from speechtx.attention.kernels import Bias
+from speechtx.attention.linear import Linear
 from speechtx.attention.multihead import SelfAttention
 from speechtx.attention.relative import RelativeSelfAttention
 from speechtx.attention.site import AttentionPenalty
@@ -43,8 +44,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, *, dim: int, ff_dim: int, dropout: float, activation: str = "relu") -> None:
         super().__init__()
-        self.inner = nn.Linear(dim, ff_dim)
-        self.outer = nn.Linear(ff_dim, dim)
+        self.inner = Linear(dim, ff_dim)
+        self.outer = Linear(ff_dim, dim)
         self.activation: nn.Module = {"relu": nn.ReLU(), "silu": nn.SiLU()}[activation]
         self.dropout = Dropout(dropout)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.attention.kernels import Bias
+from speechtx.attention.linear import PackedLinear
 from speechtx.model.norm import FrameNorm
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+    return PackedLinear.of(linear, rows=len(x))(x)
 
 
 def _sum_taps(depthwise: DepthwiseConv, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from speechtx.attention.linear import Linear
 from speechtx.config.schema import IntermediateCtcConfig
 
 
@@ -28,7 +29,7 @@ class IntermediateCtc(nn.Module):
         super().__init__()
         self.layers = frozenset(config.layers)
         self.log_probs = log_probs
-        self.condition = nn.Linear(vocab_size, dim) if config.condition else None
+        self.condition = Linear(vocab_size, dim) if config.condition else None
 
     def forward(self, x: Tensor, norm: nn.Module, predictions: list[Tensor] | None) -> Tensor:
         """What the next layer sees (B, S, D).

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechtx.attention.kernels import attend, padding_bias
+from speechtx.attention.linear import Linear
 from speechtx.attention.multihead import SelfAttention
 from speechtx.config.lm import TransformerLmConfig
 from speechtx.model.dropout import Dropout
@@ -139,7 +140,7 @@ class TransformerLM(nn.Module):
         self.position = SinusoidalPosition(dim=config.dim, dropout=config.dropout)
         self.layers = nn.ModuleList(TransformerLmLayer(config=config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
-        self.output = nn.Linear(config.dim, vocab_size - 1)  # all but <blank>
+        self.output = Linear(config.dim, vocab_size - 1)  # all but <blank>
 
     def forward(self, tokens_in: Tensor) -> Tensor:
         """Teacher forcing: tokens_in (B, U) int64, starting with <sos/eos>, to log-probabilities (B, U, V) float32.

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechtx.attention.linear import PackedLinear
 from speechtx.attention.multihead import SelfAttention
 from speechtx.attention.rotary import Rotary
 from speechtx.model.encoder import FeedForward
-from speechtx.model.packed import PackedLinear
 
 Norm = tuple[Tensor, Tensor]  # weight and bias
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechtx.attention.linear import Linear
 from speechtx.attention.site import AttentionPenalty
 from speechtx.config.schema import ConsistencyConfig, ModelConfig
 from speechtx.model.decoder import Decoder
@@ -64,11 +65,11 @@ class Recognizer(nn.Module):
                 cross_penalty=penalty.cross,
                 backend=penalty.backend,
             )
-        self.ctc = nn.Linear(dim, vocab_size)
-        self.phones: nn.Linear | None = None
+        self.ctc = Linear(dim, vocab_size)
+        self.phones: Linear | None = None
         if config.intermediate_ctc is not None:
             if config.intermediate_ctc.lexicon is not None:
-                self.phones = nn.Linear(dim, num_phones + 1)
+                self.phones = Linear(dim, num_phones + 1)
             self.encoder.intermediate = IntermediateCtc(
                 config=config.intermediate_ctc,
                 dim=dim,

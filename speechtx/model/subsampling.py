@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechtx.attention.linear import Linear
 from speechtx.config.errors import ConfigError
 from speechtx.config.schema import SubsamplingConfig
 from speechtx.model.attention_2d import Attention2d
@@ -107,9 +108,9 @@ class Subsampling(nn.Module):
         # forward and backward then take 15 % less on a CPU at 64 channels, and the same at 32.
         for conv in self.convolutions():
             conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
-        self.mix = nn.ModuleList(nn.Linear(channels, channels) for _ in rest if separable)
+        self.mix = nn.ModuleList(Linear(channels, channels) for _ in rest if separable)
         self.attention_2d = nn.ModuleList(Attention2d(maps=channels, channels=attention_2d_channels) for _ in range(attention_2d))
-        self.linear = nn.Linear(channels * subsampled_length(num_mel_bins, factor), dim)
+        self.linear = Linear(channels * subsampled_length(num_mel_bins, factor), dim)
         _shrink_as_two([*self.convolutions(), *self.mix, self.linear], relus=1 + len(rest))
 
     def convolutions(self) -> list[nn.Conv2d]:
@@ -164,7 +165,7 @@ class TimeSubsampling(nn.Module):
             nn.Conv1d(channels if number else num_mel_bins, channels, kernel_size=width, stride=stride)
             for number, (width, stride) in enumerate(CONVOLUTIONS[factor])
         )
-        self.linear = nn.Linear(channels, dim)
+        self.linear = Linear(channels, dim)
         _shrink_as_two([*self.convs, self.linear], relus=len(self.convs))
 
     def forward(self, feats: Tensor, feat_lens: Tensor | None = None) -> Tensor:

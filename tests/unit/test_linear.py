@@ -1,4 +1,4 @@
-"""Packed weights give what plain ones give, follow every change of the weights, and are made nowhere but in inference."""
+"""Linear layers give the same in inference mode, where weights are packed, and follow every change of them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from speechtx.attention.linear import LARGE_PRODUCT, LARGE_WEIGHT, Linear, PackedLinear
 from speechtx.config.schema import DecoderConfig
 from speechtx.model.decoder import Decoder
-from speechtx.model.packed import LEAST, PackedLinear
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 
 
 def large() -> nn.Linear:
     torch.manual_seed(1)
-    return nn.Linear(256, LEAST // 256)
+    return nn.Linear(256, LARGE_WEIGHT // 256)
 
 
 @needs_onednn
@@ -27,7 +27,7 @@ def test_a_packed_layer_computes_what_the_layer_does(rows: tuple[int, ...]) -> N
         packed = PackedLinear.of(layer)
         assert packed.packed is not None
         assert torch.allclose(packed(x), layer(x), atol=1e-5)
-        assert packed(x).shape == (*rows, LEAST // 256)
+        assert packed(x).shape == (*rows, LARGE_WEIGHT // 256)
 
 
 @needs_onednn
@@ -45,12 +45,41 @@ def test_a_weight_is_packed_once_and_again_when_it_has_changed() -> None:
             assert torch.allclose(PackedLinear.of(layer)(x), F.linear(x, layer.weight, layer.bias), atol=1e-4)
 
 
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(2,), (3, 5), (600,), (4, 0, 9)])
+def test_a_layer_gives_the_same_with_and_without_gradients(rows: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(3)
+    layer, x = Linear(192, 144, bias=bias), torch.randn(*rows, 192)
+    assert LARGE_PRODUCT // (192 * 144) < 600 and layer.weight.numel() < LARGE_WEIGHT
+    expected = F.linear(x, layer.weight, layer.bias)
+    with torch.inference_mode():
+        found = layer(x)
+        turned = layer(x.unsqueeze(0).transpose(0, -2)).transpose(0, -2).squeeze(0)  # rows are not next to one another
+        assert (PackedLinear.of(layer, rows=600).packed is not None) and PackedLinear.of(layer).packed is None
+    assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(turned, expected, atol=1e-5)
+
+
+@needs_onednn
+def test_a_layer_that_learns_between_two_inferences_is_packed_anew() -> None:
+    torch.manual_seed(4)
+    layer, x = Linear(192, 144), torch.randn(600, 192)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        layer(x).square().mean().backward()
+        optimizer.step()
+        with torch.inference_mode():
+            found = layer(x)
+        assert torch.allclose(found, F.linear(x, layer.weight, layer.bias), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_cannot_be_packed_is_left_as_it_is(dtype: torch.dtype) -> None:
     x = torch.randn(3, 256)
     assert PackedLinear.of(large()).packed is None  # gradients may be wanted
     with torch.inference_mode():
-        assert PackedLinear.of(nn.Linear(256, LEAST // 256 - 1)).packed is None
+        assert PackedLinear.of(nn.Linear(256, LARGE_WEIGHT // 256 - 1)).packed is None
         layer = large().to(dtype)
         assert PackedLinear.of(layer).packed is None
         assert torch.equal(PackedLinear.of(layer)(x.to(dtype)), layer(x.to(dtype)))
