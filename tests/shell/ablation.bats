@@ -1,0 +1,67 @@
+#!/usr/bin/env bats
+# Comparing changes of a recipe: utils/ablation.sh, with a run.sh and a speechtx that only write down how they were called.
+
+setup() {
+  ablation=$(cd "$BATS_TEST_DIRNAME/../../utils" && pwd)/ablation.sh
+  cd "$BATS_TEST_TMPDIR" || return
+  mkdir -p bin conf
+  echo 'export PATH=$PWD/bin:$PATH' >path.sh
+  printf '#!/bin/bash\necho "$*" >>calls\n[[ "$*" != *broken* || "$*" == *"--stop-stage fbank" ]]\n' >run.sh
+  printf '#!/bin/bash\necho "speechtx $*" >>calls\n' >bin/speechtx
+  chmod +x run.sh bin/speechtx
+  cat >conf/ablation.txt <<'LIST'
+# what each gives
+--set training.epochs=10
+
+--set training.ema=null   # a comment
+--set model.ctc_weight=0.3 --set training.epochs=30 --speeds=
+LIST
+}
+
+@test "every line runs with every seed, on top of the first line, and all are compared" {
+  run "$ablation" --seeds 1,7 --nj 2 conf/ablation.txt OUT.md
+  [ "$status" -eq 0 ]
+  [ "$(grep -c -- '--stage bpe' calls)" -eq 6 ]
+  common='--nj 1 --procs 1 --ngpu 0 --decode-config conf/decode.yaml --set training.epochs=10'
+  grep -qxF -- "$common --exp exp/ablation/base_seed1 --seed 1 --stage bpe" calls
+  grep -qxF -- "$common --set training.ema=null --exp exp/ablation/training.ema-null_seed7 --seed 7 --stage bpe" calls
+  change='--set model.ctc_weight=0.3 --set training.epochs=30 --speeds='
+  grep -qxF -- "$common $change --exp exp/ablation/model.ctc_weight-0.3-training.epochs-30---speeds-_seed7 --seed 7 --stage bpe" calls
+  tail -1 calls | grep -q '^speechtx compare exp/ablation/base_seed1 exp/ablation/training.ema-null_seed1 .* exp/ablation/base_seed7 .* --out OUT.md$'
+}
+
+@test "data and features are made once for each set of copies, before anything is trained" {
+  run "$ablation" --seeds 1,2 --archive 'a b.tgz' conf/ablation.txt OUT.md
+  [ "$status" -eq 0 ]
+  [ "$(grep -c -- '--stage data --stop-stage fbank$' calls)" -eq 2 ]
+  head -2 calls | grep -c -- '--archive a b.tgz .*--stage data --stop-stage fbank$' | grep -qx 2
+  grep -q -- '--archive a b.tgz .* --stage bpe$' calls
+}
+
+@test "a run that fails is named, the others finish, and no page is written" {
+  echo '--set broken=1' >>conf/ablation.txt
+  echo '--set later=1' >>conf/ablation.txt
+  run "$ablation" --nj 1 conf/ablation.txt OUT.md
+  [ "$status" -ne 0 ]
+  [[ $output == *"1 of 5 job(s) failed: 4"* ]]
+  grep -q -- 'later=1 .*--stage bpe' calls
+  ! grep -q '^speechtx compare' calls
+}
+
+@test "a list that cannot be run is refused" {
+  echo '--set training.ema=null' >>conf/ablation.txt
+  run "$ablation" conf/ablation.txt OUT.md
+  [ "$status" -eq 2 ]
+  [[ $output == *"two runs would share exp/ablation/training.ema-null_seed1"* ]]
+  printf '%s\n' '# nothing' >empty.txt
+  run "$ablation" empty.txt OUT.md
+  [ "$status" -eq 2 ]
+  [[ $output == *"empty.txt: no line with options"* ]]
+  printf '%s\n' '' '--set a=1' '--fbank-config conf/other.yaml' >features.txt
+  run "$ablation" features.txt OUT.md
+  [[ $status -eq 2 && $output == *"features of one kind lie in data/"* ]]
+  run "$ablation" --seeds one conf/ablation.txt OUT.md
+  [[ $status -eq 2 && $output == *"--seeds takes whole numbers"* ]]
+  cd conf && run "$ablation" ablation.txt OUT.md
+  [[ $status -eq 2 && $output == *"call it in a recipe's directory"* ]]
+}
