@@ -65,16 +65,20 @@ def test_the_words_are_the_digits_of_the_name(prepare, corpus):
 
 
 def test_nearly_every_real_recording_is_cut_into_eight_words_of_plausible_length(prepare, corpus):
-    cut = [prepare.cut_words(soundfile.read(item.wav)[0]) for item in prepare.read_recordings(corpus)]
-    found = [words for words in cut if words is not None]
+    cut = [prepare.cut_recording(soundfile.read(item.wav)[0]) for item in prepare.read_recordings(corpus)]
+    found = [pieces for pieces in cut if pieces is not None]
     assert len(found) >= 56
-    assert all(0.3 < word.size / 8000 < 1.2 for words in found for word in words)
+    assert all(0.3 < word.size / 8000 < 1.2 for pieces in found for word in pieces[1:-1])
+    for item, pieces in zip(prepare.read_recordings(corpus), cut, strict=True):
+        assert pieces is None or sum(piece.size for piece in pieces) == soundfile.info(item.wav).frames
 
 
 def test_cuts_fall_into_the_pauses_and_lose_no_word(prepare):
     name = "1_0_1_1_0_0_1_0"
-    words = prepare.cut_words(synthetic(name))
-    assert words is not None and len(words) == 8
+    pieces = prepare.cut_recording(synthetic(name))
+    assert pieces is not None and len(pieces) == 10
+    before, *words, behind = pieces
+    assert max(np.abs(before).max(initial=0.0), np.abs(behind).max(initial=0.0)) < 0.05  # nobody speaks there
     for digit, word in zip(name.split("_"), words, strict=True):
         spectrum = np.abs(np.fft.rfft(word))
         assert np.argmax(spectrum) * 8000 / word.size == pytest.approx(750 if digit == "1" else 250, abs=5)
@@ -83,7 +87,7 @@ def test_cuts_fall_into_the_pauses_and_lose_no_word(prepare):
 
 
 def test_a_recording_without_clear_pauses_is_left_out(prepare):
-    assert prepare.cut_words(synthetic("1_0_1_1_0_0_1_0", gap=0.0)) is None
+    assert prepare.cut_recording(synthetic("1_0_1_1_0_0_1_0", gap=0.0)) is None
 
 
 def test_joined_utterances_follow_their_labels_and_the_seed(prepare, tmp_path):
@@ -107,6 +111,21 @@ def test_joined_utterances_follow_their_labels_and_the_seed(prepare, tmp_path):
             peak = np.argmax(np.abs(np.fft.rfft(samples[start:end]))) * 8000 / (end - start)
             heard.append("YES" if peak > 500 else "NO")
         assert heard == item.words
+
+
+def test_joined_utterances_begin_and_end_in_the_silence_of_recordings(prepare, tmp_path):
+    train = []
+    for name, silence in (("0_1_0_1_0_1_0_1", 6000), ("1_1_0_0_1_1_0_0", 9000)):
+        samples = np.concatenate([np.zeros(silence), synthetic(name), np.zeros(2 * silence)])
+        soundfile.write(tmp_path / f"{name}.wav", samples, 8000, subtype="PCM_16")
+        labels = ["YES" if digit == "1" else "NO" for digit in name.split("_")]
+        train.append(prepare.Utterance(key=f"man-{name}", words=labels, wav=tmp_path / f"{name}.wav"))
+    edges = set()
+    for item in prepare.make_concatenations(train, tmp_path / "concat", number=20, seed=3):
+        samples = soundfile.read(item.wav)[0]
+        spans = prepare.word_spans(samples)
+        edges.add((round(spans[0][0] / 3000), round((samples.size - spans[-1][1]) / 6000)))
+    assert len(edges) == 4  # the beginning of either with the end of either
 
 
 def test_joined_utterances_use_training_recordings_only(prepare, corpus, tmp_path):

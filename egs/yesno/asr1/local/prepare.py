@@ -13,9 +13,10 @@ set, so every sixth training recording becomes `dev` (5, which leaves 26); test 
 A peculiarity one must know: sorting by name means that all training recordings begin with NO and all test recordings with YES. A
 decoder that conditions on its own output learns "an utterance begins with NO" from such data, and 26 sequences teach it little
 else. `--concat N` therefore adds N utterances made from the training recordings only: each recording is cut in the middle of its
-pauses into its eight words (found by energy; a recording where the count is not eight is left out), and 4 to 10 words, drawn at
-random, are joined. Labels come from the names, so nothing is guessed; no test or dev audio is touched; every word is real speech,
-only the order is ours. The same seed gives the same files.
+pauses into its eight words (found by energy; a recording where the count is not eight is left out), and 1 to 10 words, drawn at
+random, are joined, between the silence before the first word of one recording and that behind the last word of another. Labels
+come from the names, so nothing is guessed; no test or dev audio is touched; every word is real speech, only the order is ours.
+The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -112,54 +113,63 @@ def word_spans(samples: np.ndarray) -> list[tuple[int, int]]:
     return [(start * frame, end * frame) for start, end in merged if end - start >= 15]
 
 
-def cut_words(samples: np.ndarray) -> list[np.ndarray] | None:
-    """The eight words of a recording with half a pause on either side, or None where not exactly eight are found."""
+def cut_recording(samples: np.ndarray) -> list[np.ndarray] | None:
+    """A recording in ten pieces: the silence before, eight words with half a pause on either side, the silence behind.
+
+    Returns:
+        The pieces; None where not exactly eight words are found.
+    """
     spans = word_spans(samples)
     if len(spans) != WORDS_PER_RECORDING:
         return None
     middles = [(left[1] + right[0]) // 2 for left, right in pairwise(spans)]
     edge = SAMPLE_RATE // 4  # the silence around a recording is longer than a pause
-    cuts = [max(0, spans[0][0] - edge), *middles, min(samples.size, spans[-1][1] + edge)]
+    cuts = [0, max(0, spans[0][0] - edge), *middles, min(samples.size, spans[-1][1] + edge), samples.size]
     return [_faded(samples[start:end]) for start, end in pairwise(cuts)]
 
 
 def _faded(samples: np.ndarray) -> np.ndarray:
-    ramp = np.linspace(0.0, 1.0, SAMPLE_RATE // 200)  # 5 ms, so that joins do not click
+    size = min(SAMPLE_RATE // 200, len(samples))  # 5 ms, so that joins do not click
+    ramp = np.linspace(0.0, 1.0, size)
     samples = samples.copy()
-    samples[: ramp.size] *= ramp
-    samples[-ramp.size :] *= ramp[::-1]
+    samples[:size] *= ramp
+    samples[len(samples) - size :] *= ramp[::-1]
     return samples
 
 
 def make_concatenations(train: Sequence[Utterance], folder: Path, *, number: int, seed: int) -> list[Utterance]:
-    """Writes `number` utterances of 4 to 10 words cut out of `train`; `folder` appears complete or not at all.
+    """Writes `number` utterances of 1 to 10 words cut out of `train`; `folder` appears complete or not at all.
 
     Raises:
         DataError: fewer than half of the recordings could be cut into their eight words.
     """
     words: dict[str, list[np.ndarray]] = {label: [] for label in _LABELS.values()}
-    usable = 0
+    before: list[np.ndarray] = []
+    behind: list[np.ndarray] = []
     for utterance in train:
-        pieces = cut_words(soundfile.read(utterance.wav)[0])
+        pieces = cut_recording(soundfile.read(utterance.wav)[0])
         if pieces is None:
             print(
                 f"{utterance.key}: its eight words were not told apart; trained on as a whole only, not joined with others",
                 file=sys.stderr,
             )
             continue
-        usable += 1
-        for label, piece in zip(utterance.words, pieces, strict=True):
+        first, *spoken, last = pieces
+        before.append(first)
+        behind.append(last)
+        for label, piece in zip(utterance.words, spoken, strict=True):
             words[label].append(piece)
-    if usable * 2 < len(train):
-        raise DataError(f"only {usable} of {len(train)} training recordings could be cut into eight words; use --concat 0")
+    if len(before) * 2 < len(train):
+        raise DataError(f"only {len(before)} of {len(train)} training recordings could be cut into eight words; use --concat 0")
     rng = np.random.default_rng(seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     made = []
     try:
         for index in range(1, number + 1):
-            labels = [str(label) for label in rng.choice(list(words), size=rng.integers(4, 11))]
-            audio = np.concatenate([words[label][rng.integers(len(words[label]))] for label in labels])
+            labels = [str(label) for label in rng.choice(list(words), size=rng.integers(1, 11))]
+            pieces = [before, *(words[label] for label in labels), behind]
+            audio = np.concatenate([some[rng.integers(len(some))] for some in pieces])
             key = f"{SPEAKER}-concat-{index:04d}"
             soundfile.write(scratch / f"{key}.wav", audio, SAMPLE_RATE, subtype="PCM_16")
             made.append(Utterance(key=key, words=labels, wav=folder.resolve() / f"{key}.wav"))
