@@ -123,7 +123,8 @@ def test_joined_utterances_begin_and_end_in_the_silence_of_recordings(prepare, t
     edges = set()
     for item in prepare.make_concatenations(train, tmp_path / "concat", number=40, seed=3):
         loud = np.flatnonzero(np.abs(soundfile.read(item.wav)[0]) > 0.1)
-        edges.add((round(loud[0] / 3000), round((soundfile.info(item.wav).frames - loud[-1]) / 6000)))
+        assert loud[0] > 7_000
+        edges.add((loud[0] > 10_000, soundfile.info(item.wav).frames - loud[-1] > 17_500))
     assert len(edges) == 4  # the beginning of either with the end of either
 
 
