@@ -14,9 +14,10 @@
 # Each line of <list> holds options of run.sh, as `--set training.ema.decay=0.999`. All lines begin with what the first one says, which is what
 # they are compared with. A # begins a comment; quotes mean nothing (write --speeds= for --speeds '').
 #
-# Each run has an experiment, exp/ablation/<options>_seed<N>, and a log, exp/ablation/log/<job>.log with <job>.sh, what it runs. All lines run with the first seed, then
-# with the next one. Call it again, with more seeds or another list, and what is finished is skipped; a run that failed is named at
-# the end, and the page is written when none did. Lines with training.join share the words of the recipe's exp/align, which must be there.
+# Each run has an experiment, exp/ablation/<options>_seed<N>, and a log, exp/ablation/log/<job>.log with <job>.sh, what it runs. All lines run
+# with the first seed, then with the next one. Stop it and call it again, with more seeds or more lines, and what is finished is skipped;
+# runs that fail are numbered at the end, and the page is written when none did. The runs share data/, so a list may name one set of
+# --speeds, or none (--speeds=), and one fbank.yaml; and lines with training.join share exp/align, which the recipe has made before.
 set -euo pipefail
 
 seeds=1 nj=0 ngpu=0 cmd='' archive='' decode_config=()
@@ -35,27 +36,45 @@ list=$1 out=$2
 [[ -f $list ]] || fail "$list: no such file"
 [[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--seeds takes whole numbers with commas between them, not '$seeds'"
 ((${#decode_config[@]} > 0)) || decode_config=(conf/decode.yaml)
-if ((nj == 0)); then nj=$((ngpu > 0 ? 1 : $(env -u OMP_NUM_THREADS nproc))); fi
-read -ra runner <<<"${cmd:-$utils/parallel/run.sh}"
+processors=$(env -u OMP_NUM_THREADS nproc)
+if ((nj == 0)); then nj=$((ngpu > 0 ? 1 : processors)); fi
+runner=("$utils/parallel/run.sh")
+[[ -z $cmd ]] || read -ra runner <<<"$cmd"
 # shellcheck source=/dev/null
 source ./path.sh
 
-lines=()
-while IFS= read -r line; do
-  read -ra words <<<"${line%%#*}"
-  [[ " ${words[*]} " != *" --fbank-config"* ]] || fail "$list: ${words[*]}: features of one kind lie in data/, which all lines share"
-  ((${#words[@]} == 0)) || lines+=("${words[*]}")
+lines=() speeds=''
+while IFS= read -r line || [[ -n $line ]]; do
+  line=${line%%#*}
+  read -ra words <<<"${line%$'\r'}"
+  ((${#words[@]} > 0)) || continue
+  line="${words[*]}"
+  [[ " $line" != *" --fbank-config"* ]] || fail "$list: $line: features of one kind lie in data/, which all lines share"
+  if [[ " $line " =~ \ --speeds[=\ ]([^\ ]+)\  ]]; then
+    [[ -z $speeds || $speeds == "${BASH_REMATCH[1]}" ]] ||
+      fail "$list: $line: copies at one set of speeds lie in data/, which all lines share; $speeds was named before"
+    speeds=${BASH_REMATCH[1]}
+    ((${#lines[@]} == 0)) || [[ " ${lines[0]}" == *" --speeds"* ]] || fail "$list: $line: name these speeds in the first line too"
+  fi
+  if [[ $line == *training.join.words=* ]]; then
+    joined=${line##*training.join.words=}
+    [[ -e ${joined%% *} ]] || fail "$list: $line: ${joined%% *} is not there; run the recipe up to its training first"
+  fi
+  lines+=("$line")
 done <"$list"
 ((${#lines[@]} > 0)) || fail "$list: no line with options"
 
-shared=(--nj 1 --procs 1 --ngpu "$ngpu")
+shared=(--ngpu "$ngpu")
 for file in "${decode_config[@]}"; do shared+=(--decode-config "$file"); done
 if ((ngpu == 0)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 [[ -z $archive ]] || shared+=(--archive "$archive")
 
-# Data and features first, by one run after another: the others share them.
-exps=() log=exp/ablation/log
+log=exp/ablation/log
 mkdir -p "$log"
+exec 9>exp/ablation/.lock # open in every run too
+flock -n 9 || fail "$PWD/exp/ablation: another one is at work here"
+
+exps=() commands=() first=()
 for seed in ${seeds//,/ }; do
   for number in "${!lines[@]}"; do
     change='' name=base
@@ -65,18 +84,35 @@ for seed in ${seeds//,/ }; do
       name=${name//[!A-Za-z0-9._+-]/-}
     fi
     read -ra words <<<"${lines[0]} $change"
-    words=(./run.sh "${shared[@]}" "${words[@]}" --exp "exp/ablation/${name#--}_seed$seed" --seed "$seed")
-    if [[ $seed == "${seeds%%,*}" && ($number == 0 || $change == *--speeds*) ]]; then
-      "${words[@]}" --stage data --stop-stage fbank
-    fi
     exps+=("exp/ablation/${name#--}_seed$seed")
-    printf 'exec%s\n' "$(printf ' %q' "${words[@]}" --stage bpe)" >"$log/${#exps[@]}.sh"
+    words=(./run.sh "${shared[@]}" "${words[@]}" --exp "${exps[-1]}" --seed "$seed")
+    commands+=("exec$(printf ' %q' "${words[@]}" --nj 1 --procs 1 --stage bpe)")
+    [[ $seed != "${seeds%%,*}" ]] || first+=("$(printf ' %q' "${words[@]}" --nj "$processors")")
   done
 done
 doubled=$(printf '%s\n' "${exps[@]}" | sort | uniq -d | head -1)
 [[ -z $doubled ]] || fail "$list: two runs would share $doubled: a line or a seed is there twice"
 
+# Data and features, by one run after another: the others share them. Then every configuration is looked at, before the first one
+# trains for an hour.
+for stages in "--stage data --stop-stage fbank" "--stage check --stop-stage check"; do
+  for number in "${!first[@]}"; do
+    [[ $stages == *check || $number == 0 || ${lines[number]} == *--speeds* ]] || continue
+    printf 'exec%s %s\n' "${first[number]}" "$stages" >"$log/begin.sh"
+    if [[ $stages == *check ]]; then
+      bash "$log/begin.sh" >"$log/begin.log" 2>&1 || { cat "$log/begin.log" >&2 && fail "$list: ${lines[number]}: see above"; }
+    else
+      bash "$log/begin.sh"
+    fi
+  done
+done
+
+for number in "${!commands[@]}"; do printf '%s\n' "${commands[number]}" >"$log/$((number + 1)).sh"; done
 printf '[%s] %d runs, %d at once; each tells in %s/<job>.log how far it is\n' "$(date '+%F %T')" "${#exps[@]}" "$nj" "$log"
-"${runner[@]}" --max-jobs-run "$nj" --gpu "$ngpu" "JOB=1:${#exps[@]}" "$log/JOB.log" bash "$log/JOB.sh"
+"${runner[@]}" --max-jobs-run "$nj" --gpu "$ngpu" "JOB=1:${#exps[@]}" "$log/JOB.log" bash "$log/JOB.sh" &
+jobs=$!
+trap 'kill -TERM $jobs 2>/dev/null; wait $jobs; exit 143' TERM INT HUP
+wait "$jobs"
+trap - TERM INT HUP
 
 exec speechtx compare "${exps[@]}" --out "$out"

@@ -142,8 +142,8 @@ def path_digest(path: Path) -> str:
         state = path.stat()
         if state.st_size > HASHED_BYTES:
             return f"{state.st_size} bytes of {state.st_mtime_ns}"
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
     except FileNotFoundError:
         return "absent"
 

@@ -56,7 +56,7 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    return PackedLinear.of(linear, rows=len(x))(x)
+    return PackedLinear.of(linear)(x)
 
 
 def _sum_taps(depthwise: DepthwiseConv, x: Tensor) -> Tensor:
