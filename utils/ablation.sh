@@ -95,16 +95,15 @@ doubled=$(printf '%s\n' "${exps[@]}" | sort | uniq -d | head -1)
 
 # Data and features, by one run after another: the others share them. Then every configuration is looked at, before the first one
 # trains for an hour.
-for stages in "--stage data --stop-stage fbank" "--stage check --stop-stage check"; do
-  for number in "${!first[@]}"; do
-    [[ $stages == *check || $number == 0 || ${lines[number]} == *--speeds* ]] || continue
-    printf 'exec%s %s\n' "${first[number]}" "$stages" >"$log/begin.sh"
-    if [[ $stages == *check ]]; then
-      bash "$log/begin.sh" >"$log/begin.log" 2>&1 || { cat "$log/begin.log" >&2 && fail "$list: ${lines[number]}: see above"; }
-    else
-      bash "$log/begin.sh"
-    fi
-  done
+begin() { # NUMBER FIRST-STAGE LAST-STAGE, of a line's first run
+  printf 'exec%s --stage %s --stop-stage %s\n' "${first[$1]}" "$2" "$3" >"$log/begin.sh"
+  bash "$log/begin.sh"
+}
+for number in "${!lines[@]}"; do
+  if [[ $number == 0 || ${lines[number]} == *--speeds* ]]; then begin "$number" data fbank; fi
+done
+for number in "${!lines[@]}"; do
+  begin "$number" check check >"$log/begin.log" 2>&1 || { cat "$log/begin.log" >&2 && fail "$list: ${lines[number]}: see above"; }
 done
 
 for number in "${!commands[@]}"; do printf '%s\n' "${commands[number]}" >"$log/$((number + 1)).sh"; done
